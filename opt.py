@@ -1,0 +1,245 @@
+"""Every setting of PDS, in one object: `opt`. Edit it at the end of this file, then run `python main.py`.
+
+    opt.resume_path = "./checkpoints/best_model.pth"
+    opt.refine = True
+
+`small()` is the default and trains on a laptop's CPU; `paper()` is the published configuration (arXiv 2511.04963).
+Each setting can also be given for one run: `python main.py --refine --resume_path ./checkpoints/best_model.pth`;
+`python main.py --help` prints the comments below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+SMALLEST_AXIS = 11  # voxels: the Gaussian window of SSIM (sigma 1.5, cut at 3.5 sigma) must fit into the volume
+
+
+class OptionError(ValueError):
+    """A setting that cannot work; the message names the option, its value and the remedy."""
+
+
+@dataclass
+class Options:
+    # ---- What to run
+    # False: stage 1, the dual-modal diffusion model. True: stage 2, refinement on top of the model in resume_path
+    refine: bool = False
+    # stage 1: the run to continue (empty: last_model.pth of checkpoint_dir). Stage 2: the stage-1 model to refine,
+    # or a stage-2 checkpoint to continue
+    resume_path: str = ""
+
+    # ---- Data
+    # CSV/TSV (columns: subject, one per modality, optionally session, group, fold) or a BIDS tree.
+    # The default is the demo, which is written there on first use
+    data_root: str = "./data/demo"
+    modalities: tuple[str, ...] = ("fmri", "dmri")  # the two modalities: column names, or fmri and dmri in a BIDS tree
+    # voxels, in RAS order: one int, three ints, or one entry per modality. Every volume must have this size,
+    # unless resize says otherwise. On the command line: 64, 64x64x32, or fmri=32x32x18 dmri=48x48x30
+    image_size: int | tuple | dict = field(default_factory=lambda: {"fmri": (32, 32, 18), "dmri": (48, 48, 30)})
+    # "none" refuses a volume of another size; "resample" interpolates it onto image_size over the same field of view
+    resize: Literal["none", "resample"] = "none"
+    # how a 4-D file becomes a volume: mean, std, first, b0 or shell (needs the .bval beside it), or one per modality
+    reduce: str | dict = "mean"
+    # where the volumes live: "mni", "native", or "auto" (MNI for the demo and for files named space-MNI...).
+    # The brain networks of the pattern-aware loss are only known in MNI space
+    space: Literal["auto", "mni", "native"] = "auto"
+    cache_dir: str = "./data/cache"  # decoded volumes, memory-mapped; can be deleted at any time
+    folds: int = 5  # subjects are divided into this many folds; 1 trains and reports on everything
+    fold: int = 0  # the fold that is held out for testing, 0 .. folds - 1
+    validation_fraction: float = 0.15  # part of the other folds' subjects that chooses the best checkpoint
+
+    # ---- Model (both stages)
+    unet_depth: int = 3  # resolution levels; each further one halves the grid and doubles the channels
+    base_channels: int = 32  # channels of the finest level
+    res_blocks: int = 1  # residual blocks per level
+    # the network works on blocks of this many voxels per axis (space-to-depth): 1 is published, 2 about 5x faster
+    patch_size: int = 2
+    # "late" (published): the noisy target meets the source's features at the output only; "early": in the body too
+    fusion: Literal["late", "early"] = "early"
+    attention_tokens: int = 1024  # self-attention on levels with at most this many positions; 0: none
+    dropout: float = 0.0  # probability of dropping a feature inside the residual blocks
+
+    # ---- Diffusion (stage 1)
+    timesteps: int = 1000  # T of the cosine noise schedule
+    timestep_coupling: Literal["shared", "independent"] = "independent"  # one t for both modalities, or one each
+    prediction: Literal["epsilon", "v"] = "v"  # what the network predicts: the noise, or v (Salimans & Ho 2022)
+    sampling_steps: int = 20  # network evaluations per sample (DDIM)
+    eta: float = 0.0  # DDIM: 0 is deterministic, 1 is ancestral sampling
+
+    # ---- Losses
+    pattern_weight: float = 1.0  # additional weight of voxels in the disease-related brain networks; 0 turns it off
+    pattern_networks: tuple[str, ...] = ("cingulo-opercular", "default", "fronto-parietal")  # of Dosenbach's 160 ROIs
+    pattern_radius: float = 5.0  # mm around each ROI's centre
+    microstructure_weight: float = 0.1  # stage 2: weight of the three-view loss; 0 turns it off
+
+    # ---- Training
+    learning_rate: float = 1e-3  # stage 1: Adam's peak rate, after the warm-up and before the cosine decay
+    refine_learning_rate: float = 1e-3  # stage 2: the same
+    batch_size: int = 4  # pairs per step
+    epochs: int = 150  # stage 1: passes over the training pairs
+    refine_epochs: int = 80  # stage 2: passes over the training pairs
+    max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
+    warmup_steps: int = 50  # steps over which the learning rate rises
+    ema_decay: float = 0.995  # moving average of the weights that is validated, sampled and kept as best
+    gradient_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    # "auto": bfloat16 where the processor or GPU computes in it, else float32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
+    seed: int = 0  # of the split, the order of the data, the first weights, and every noise
+
+    # ---- Refinement (stage 2)
+    # the coarse volume: "given" is sampled from the subject's own source, "joint" (published) from nothing
+    coarse: Literal["given", "joint"] = "given"
+    coarse_samples: int = 2  # samples whose mean is the coarse volume
+    coarse_dropout: float = 0.1  # probability that training replaces the coarse volume by the mean volume
+
+    # ---- Output
+    checkpoint_dir: str = "./checkpoints"  # best_model.pth, last_model.pth, best_refine.pth, last_refine.pth
+    result_dir: str = "./results"  # pictures, NIfTI volumes, log.csv, metrics.csv
+    checkpoint_every: int = 100  # steps between two writings of last_*.pth (also written at the end of each epoch)
+    validate_every: int = 10  # epochs between two validations (also at the end of the run)
+    num_samples: int = 2  # subjects shown in a sample grid
+    max_minutes: float = 0.0  # save and stop after this many minutes; the same command continues. 0: no limit
+
+    def __post_init__(self) -> None:
+        self.__dict__["edited"] = set()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        self.__dict__.setdefault("edited", set()).add(name)
+
+    def as_dict(self) -> dict:
+        """Plain Python values of every setting, in the order of this file."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def image_sizes(self) -> dict[str, tuple[int, int, int]]:
+        """`image_size` spelt out: modality -> (X, Y, Z) in voxels. Raises OptionError where it is none of its forms."""
+        size, names = self.image_size, tuple(self.modalities)
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            size = dict(zip(names, size))
+        if not isinstance(size, dict):
+            size = {name: size for name in names}
+        if set(size) != set(names):
+            raise OptionError(f"opt.image_size names the modalities {', '.join(map(str, size))}, but opt.modalities = "
+                              f"{names}; give one size, or one for each of these two")
+        return {name: _three_ints(size[name]) for name in names}
+
+    def reductions(self) -> dict[str, str]:
+        """`reduce` spelt out: modality -> name of the reduction of 4-D files."""
+        named = self.reduce if isinstance(self.reduce, dict) else {name: self.reduce for name in self.modalities}
+        if set(named) != set(self.modalities):
+            raise OptionError(f"opt.reduce = {self.reduce!r} must be one name, or one for each of {self.modalities}")
+        return {name: named[name] for name in self.modalities}
+
+    def validate(self) -> None:
+        """Raise one OptionError that lists every wrong name, type, value and combination."""
+        problems = [_unknown_name(name) for name in sorted(self.edited - set(self.as_dict()))]
+        problems += _wrong_types(self) or [f"opt.{name} = {getattr(self, name)!r}: {remedy}"
+                                           for name, wrong, remedy in _rules(self) if wrong]
+        if not problems:
+            for spelt_out in (self.image_sizes, self.reductions):
+                try:
+                    spelt_out()
+                except OptionError as error:
+                    problems.append(str(error))
+        if problems:
+            raise OptionError("\n".join(problems))
+
+
+def _three_ints(size: object) -> tuple[int, int, int]:
+    axes = (size,) * 3 if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(axes) != 3 or not all(type(n) is int and n >= SMALLEST_AXIS for n in axes):
+        raise OptionError(f"opt.image_size = {size!r}: give an int, three ints, or one of these per modality, "
+                          f"each axis at least {SMALLEST_AXIS} voxels")
+    return axes
+
+
+def _unknown_name(name: str) -> str:
+    close = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(Options)], n=1)
+    hint = f"did you mean opt.{close[0]}?" if close else "python main.py --help lists the settings"
+    return f"opt.{name}: there is no such setting; {hint}"
+
+
+def _fits(value: object, annotation: object) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return value in typing.get_args(annotation)
+    if origin is types.UnionType:
+        return any(_fits(value, each) for each in typing.get_args(annotation))
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(each, typing.get_args(annotation)[0]) for each in value)
+    if annotation is tuple:
+        return isinstance(value, (tuple, list))
+    if annotation in (int, float):  # a bool is no number here, an int is a float, and NaN is nothing
+        return type(value) in ((int,) if annotation is int else (int, float)) and value == value
+    return isinstance(value, annotation)
+
+
+def _wrong_types(options: Options) -> list[str]:
+    problems = []
+    for name, annotation in typing.get_type_hints(Options).items():
+        if not _fits(getattr(options, name), annotation):
+            choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+            wanted = f"one of {', '.join(choices)}" if choices else getattr(annotation, "__name__", str(annotation))
+            problems.append(f"opt.{name} = {getattr(options, name)!r}: must be {wanted}")
+    return problems
+
+
+def _rules(o: Options) -> list[tuple[str, bool, str]]:
+    """(option, is it wrong, what to do) for all that the types do not say."""
+    at_least_one = ("folds", "unet_depth", "base_channels", "res_blocks", "patch_size", "batch_size", "epochs",
+                    "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples")
+    not_negative = ("attention_tokens", "eta", "pattern_weight", "microstructure_weight", "max_steps", "warmup_steps",
+                    "gradient_clip", "max_minutes", "seed")
+    fractions = ("validation_fraction", "dropout", "ema_decay", "coarse_dropout")
+    from_file = {"mean", "std", "first", "b0", "shell"}
+    reductions = o.reduce.values() if isinstance(o.reduce, dict) else [o.reduce]
+    return [
+        *((name, getattr(o, name) < 1, "must be at least 1") for name in at_least_one),
+        *((name, getattr(o, name) < 0, "must not be negative") for name in not_negative),
+        *((name, not 0 <= getattr(o, name) < 1, "must be at least 0 and below 1") for name in fractions),
+        *((name, not 0 < getattr(o, name) <= 1, "must be above 0 and at most 1")
+          for name in ("learning_rate", "refine_learning_rate")),
+        ("modalities", len(o.modalities) != 2 or len(set(o.modalities)) != 2
+         or not all(name.isidentifier() for name in o.modalities),
+         "give two different names made of letters, digits and _"),
+        ("reduce", not set(reductions) <= from_file, f"choose from {', '.join(sorted(from_file))}"),
+        ("fold", not 0 <= o.fold < max(o.folds, 1), f"with opt.folds = {o.folds} it must be 0 .. {o.folds - 1}"),
+        ("timesteps", o.timesteps < 2, "must be at least 2"),
+        ("sampling_steps", not 1 <= o.sampling_steps <= o.timesteps,
+         f"must be 1 .. opt.timesteps = {o.timesteps}"),
+        ("pattern_radius", o.pattern_radius <= 0, "must be above 0 mm"),
+        ("unet_depth", o.unet_depth > 6, "six levels shrink the volume 32-fold; choose fewer"),
+        ("base_channels", o.base_channels % 8 != 0, "must be a multiple of 8 (group normalisation)"),
+        ("refine", o.refine and not o.resume_path,
+         'stage 2 needs a trained backbone: set opt.resume_path, for example "./checkpoints/best_model.pth"'),
+        ("device", o.device != "auto" and not o.device.startswith(("cpu", "cuda")), "choose auto, cpu or cuda[:N]"),
+    ]
+
+
+def small() -> Options:
+    """The default: minutes on two CPU cores; its choices are those that measured best on the demo."""
+    return Options()
+
+
+def paper() -> Options:
+    """The published configuration (arXiv 2511.04963), as far as the paper states it."""
+    return Options(
+        image_size={"fmri": (64, 64, 36), "dmri": (96, 96, 60)}, unet_depth=4, base_channels=64, res_blocks=2,
+        patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared", prediction="epsilon",
+        sampling_steps=50, learning_rate=1e-6, refine_learning_rate=1e-5, batch_size=1, epochs=300, refine_epochs=300,
+        warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1, validate_every=1)
+
+
+PRESETS = {"small": small, "paper": paper}
+
+opt = small()
+# ---- Edit below this line, for example:
+# opt.data_root = "/data/my_study/pairs.csv"
+# opt.resume_path = "./checkpoints/best_model.pth"
+# opt.refine = True
