@@ -136,6 +136,16 @@ class Options:
             raise OptionError(f"opt.reduce = {self.reduce!r} must be one name, or one for each of {self.modalities}")
         return {name: named[name] for name in self.modalities}
 
+    def resolved(self) -> dict:
+        """As `as_dict`, with what is given per modality spelt out: what a run is recognised by and saved with."""
+        return {**self.as_dict(), "image_size": self.image_sizes(), "reduce": self.reductions()}
+
+    def network_arguments(self) -> dict:
+        """What the networks of both stages are built from, besides the image sizes."""
+        return {"channels": self.base_channels, "depth": self.unet_depth, "blocks": self.res_blocks,
+                "patch": self.patch_size, "fusion": self.fusion, "attention_tokens": self.attention_tokens,
+                "dropout": self.dropout}
+
     def validate(self) -> None:
         """Raise one OptionError that lists every wrong name, type, value and combination."""
         problems = [_unknown_name(name) for name in sorted(self.edited - set(self.as_dict()))]

@@ -1,0 +1,51 @@
+"""The losses: pattern-aware (stage 1), tissue and microstructure (stage 2). Volumes are (B, 1, X, Y, Z)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pattern_aware_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: float,
+                       counts: Tensor | None = None) -> Tensor:
+    """Mean over voxels of (1 + weight mask) |prediction - target| (arXiv 2511.04963).
+
+    mask: (B, 1, X, Y, Z), 1 inside the disease-related networks. counts: (B,) 1 for the pairs that count, 0 for those
+    whose volume was given; all where it is None.
+    """
+    per_pair = ((1 + weight * mask) * (prediction - target).abs()).mean(dim=(1, 2, 3, 4))
+    if counts is None:
+        return per_pair.mean()
+    return (per_pair * counts).sum() / counts.sum().clamp(min=1)
+
+
+def tissue_loss(refined: Tensor, truth: Tensor, mask: Tensor, weight: float) -> Tensor:
+    """Mean squared plus mean absolute error, weighted by (1 + weight mask) as in stage 1."""
+    error = refined - truth
+    return ((1 + weight * mask) * (error.square() + error.abs())).mean()
+
+
+def microstructure_loss(refined: Tensor, truth: Tensor) -> Tensor:
+    """Distance of the three orthogonal mean projections: their values and their gradients, mean absolute error.
+
+    The term of the method that needs no pretrained weights: a projection averages the noise of a whole axis away, so
+    that what differs is structure.
+    """
+    loss = refined.new_zeros(())
+    for axis in (2, 3, 4):
+        difference = (refined - truth).mean(dim=axis)  # (B, 1, two axes); the projection is linear
+        loss = loss + difference.abs().mean() + sum(difference.diff(dim=along).abs().mean() for along in (2, 3))
+    return loss / 3
+
+
+def x0_error(x0: Tensor, truth: Tensor) -> Tensor:
+    """(B,) unweighted mean absolute error of an estimate of x0: comparable between settings."""
+    return F.l1_loss(x0, truth, reduction="none").mean(dim=(1, 2, 3, 4))
+
+
+def blend_weights(truth: Tensor, candidates: list[Tensor]) -> Tensor:
+    """Least-squares weights (len(candidates) + 1,) of truth ~ sum of weight x candidate + constant, over all voxels."""
+    columns = torch.stack([*(each.flatten().double() for each in candidates), truth.new_ones(truth.numel()).double()], 1)
+    return torch.linalg.solve(columns.T @ columns + 1e-6 * len(columns) * torch.eye(columns.shape[1], dtype=torch.double),
+                              columns.T @ truth.flatten().double()).float()

@@ -1,0 +1,118 @@
+"""The networks of PDS: a 3-D U-Net body per direction, and the dual-modal model made of two of them.
+
+One direction (source -> target): the body runs on the source's grid, its features are resampled to the target's grid
+and joined with a stem of the target, and an output block predicts at the target's grid. Sizes need not be multiples
+of anything. Stage 1 gives noisy volumes and timesteps; stage 2 the source and the coarse target, without timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import Attention, ResBlock, from_patches, resize_to, timestep_embedding, to_patches
+
+
+class UNet(nn.Module):
+    """The body: (B, in_channels, X, Y, Z) -> (B, channels, X, Y, Z); level k has channels 2^k.
+
+    attention_tokens: self-attention on the levels below the finest with at most this many positions.
+    size: the grid it will see, which decides where attention is.
+    """
+
+    def __init__(self, in_channels: int, channels: int, depth: int, blocks: int, emb_channels: int,
+                 size: tuple[int, ...], attention_tokens: int, dropout: float):
+        super().__init__()
+        widths = [channels * 2**level for level in range(depth)]
+        self.stem = nn.Conv3d(in_channels, channels, 3, padding=1)
+        self.down, self.up, self.attend = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            self.down.append(nn.ModuleList(ResBlock(width, width, emb_channels, dropout) for _ in range(blocks)))
+            tokens = size[0] * size[1] * size[2]
+            attends = level > 0 and tokens <= attention_tokens
+            self.attend.append(Attention(width) if attends else nn.Identity())
+            size = tuple((n + 1) // 2 for n in size)
+            if level < depth - 1:
+                self.shrink.append(nn.Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
+                self.grow.append(nn.Conv3d(widths[level + 1], width, 1))
+                self.up.append(nn.ModuleList(ResBlock(2 * width if first else width, width, emb_channels, dropout)
+                                             for first in [True] + [False] * (blocks - 1)))
+        self.middle = ResBlock(widths[-1], widths[-1], emb_channels, dropout)
+
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        h, skips = self.stem(x), []
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                h = block(h, emb)
+            h = self.attend[level](h)
+            if level < len(self.shrink):
+                skips.append(h)
+                h = self.shrink[level](h)
+        h = self.middle(h, emb)
+        for level in reversed(range(len(self.grow))):
+            skip = skips.pop()
+            h = torch.cat([skip, resize_to(self.grow[level](h), skip.shape[2:])], dim=1)
+            for block in self.up[level]:
+                h = block(h, emb)
+        return h
+
+
+class DirectionNet(nn.Module):
+    """source (B, 1, Xs, Ys, Zs), target (B, 1, Xt, Yt, Zt), timesteps -> (B, 1, Xt, Yt, Zt).
+
+    fusion "early" also gives the body the target, resampled to the source's grid. timesteps: how many the network is
+    told: 2 in stage 1 (the source's and the target's), 0 in stage 2.
+    """
+
+    def __init__(self, source_size: tuple[int, ...], timesteps: int, *, channels: int, depth: int, blocks: int,
+                 patch: int, fusion: str, attention_tokens: int, dropout: float):
+        super().__init__()
+        self.patch, self.early, self.channels = patch, fusion == "early", channels
+        emb_channels = 4 * channels if timesteps else 0
+        self.embed = nn.ModuleList(nn.Sequential(nn.Linear(2 * channels, emb_channels), nn.SiLU(),
+                                                 nn.Linear(emb_channels, emb_channels)) for _ in range(timesteps))
+        grid = tuple(-(-n // patch) for n in source_size)
+        self.body = UNet(patch**3 * (2 if self.early else 1), channels, depth, blocks, emb_channels, grid,
+                         attention_tokens, dropout)
+        self.target_stem = nn.Conv3d(patch**3, channels, 3, padding=1)
+        self.output = ResBlock(2 * channels, channels, emb_channels, dropout)
+        self.norm = nn.GroupNorm(8, channels)
+        self.head = nn.Conv3d(channels, patch**3, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, source: Tensor, target: Tensor, *t: Tensor) -> Tensor:
+        emb = sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t)) if t else None
+        inputs = [to_patches(source, self.patch)]
+        if self.early:
+            inputs.append(to_patches(resize_to(target, source.shape[2:]), self.patch))
+        features = self.body(torch.cat(inputs, dim=1), emb)
+        stem = self.target_stem(to_patches(target, self.patch))
+        h = self.output(torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1), emb)
+        h = self.head(F.silu(self.norm(h)))
+        return from_patches(h, self.patch, target.shape[2:]).float()
+
+
+class DualModalUNet(nn.Module):
+    """The dual-modal model of stage 1: one DirectionNet per direction.
+
+    xt: {modality: (B, 1, X, Y, Z)} noisy volumes; t: {modality: (B,)}; returns {modality: prediction} for `targets`
+    (all where None: a translation needs one direction only).
+    sizes: modality -> (X, Y, Z). A prediction is epsilon or v, see models/diffusion.py.
+    """
+
+    def __init__(self, sizes: dict[str, tuple[int, int, int]], **network):
+        super().__init__()
+        self.directions = tuple(permutations(sizes, 2))  # (source, target)
+        self.nets = nn.ModuleDict({f"{source}_to_{target}": DirectionNet(sizes[source], 2, **network)
+                                   for source, target in self.directions})
+
+    def forward(self, xt: dict[str, Tensor], t: dict[str, Tensor],
+                targets: Collection[str] | None = None) -> dict[str, Tensor]:
+        return {target: self.nets[f"{source}_to_{target}"](xt[source], xt[target], t[source], t[target])
+                for source, target in self.directions if targets is None or target in targets}

@@ -1,0 +1,218 @@
+"""Stage 1: train the dual-modal diffusion model, a joint prior of both modalities that also translates.
+
+    python main.py
+
+Leaves checkpoints/best_model.pth and last_model.pth, and in results/stage1/ log.csv, sample grids and their volumes.
+Volumes are {modality: (B, 1, X, Y, Z)} in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.pairs import write_split
+from data.study import Study, epoch_batches
+from data.volumes import to_units, write_volume
+from models.diffusion import Diffusion, Purpose, keyed_noise, training_timesteps
+from models.losses import pattern_aware_loss, x0_error
+from models.unet import DualModalUNet
+from utils.checkpoint import Checkpoint, CheckpointError, read_checkpoint, refuse_another_run
+from utils.ema import EMA
+from utils.figures import Panel, save_grid, spacing_of
+from utils.logger import Log
+from utils.optimise import Optimiser, StopRequest, use_bfloat16
+
+save_every = 100  # steps between two sample grids in results/
+
+STAGE = "stage 1"
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
+LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error")
+# What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
+FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes", "checkpoint_dir",
+                "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampling_steps", "eta", "device",
+                "refine_learning_rate", "refine_epochs", "microstructure_weight", "coarse", "coarse_samples",
+                "coarse_dropout"}
+
+
+class Backbone:
+    """A dual-modal network with its diffusion process, as it is trained, sampled, and rebuilt from a checkpoint."""
+
+    def __init__(self, network: DualModalUNet, diffusion: Diffusion, coupling: str, device: torch.device, bfloat16: bool):
+        self.network, self.diffusion, self.coupling = network, diffusion, coupling
+        self.device, self.bfloat16 = device, bfloat16
+
+    def __call__(self, xt, t, wanted=None):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.network(xt, t, wanted)
+
+    def sample(self, keys: list[tuple[int, ...]], sizes: dict, steps: int, eta: float, given: dict | None = None):
+        """One sample of every modality per key; `given` modalities stay as they are."""
+        noise = {name: each.to(self.device) for name, each in keyed_noise(sizes, *keys).items()}
+        given = {name: each.to(self.device) for name, each in (given or {}).items()}
+        return self.diffusion.sample(self, noise, steps, eta=eta, given=given, coupling=self.coupling, keys=keys)
+
+
+def model_facts(opt, study: Study) -> dict:
+    """What a checkpoint says about its run: enough to rebuild the network, to recognise the run, and to write units."""
+    return {"options": opt.resolved(), "sizes": dict(study.sizes), "network": opt.network_arguments(),
+            "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint},
+            "ranges": {name: study.train_range(name) for name in study.modalities}}
+
+
+def total_steps(opt, epochs: int, pairs: int) -> int:
+    """Optimiser steps of a whole run."""
+    steps = epochs * math.ceil(pairs / opt.batch_size)
+    return min(steps, opt.max_steps) if opt.max_steps else steps
+
+
+def diffusion_loss(backbone: Backbone, opt, study: Study, batch: list[int], step: int) -> torch.Tensor:
+    """The pattern-aware loss of one batch, both directions; noise and timesteps are keyed by (seed, step, place)."""
+    device, diffusion = backbone.device, backbone.diffusion
+    x0 = {name: volume.to(device) for name, volume in study.volumes(batch).items()}
+    masks = {name: mask.to(device) for name, mask in study.masks(batch).items()}
+    keys = [(step, place) for place in range(len(batch))]
+    noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
+    noise = {name: each.to(device) for name, each in noise.items()}
+    t = training_timesteps(opt.timestep_coupling, opt.timesteps, study.modalities,
+                           [(opt.seed, Purpose.TIMESTEPS, *key) for key in keys])
+    t = {name: each.to(device) for name, each in t.items()}
+    xt = {name: diffusion.noisy(x0[name], noise[name], t[name]) for name in x0}
+    predicted = backbone(xt, t)
+    return sum(pattern_aware_loss(predicted[name], diffusion.target(x0[name], noise[name], t[name]), masks[name],
+                                  opt.pattern_weight, counts=(t[name] > 0).float()) for name in x0) / len(x0)
+
+
+@torch.no_grad()
+def validate(backbone: Backbone, study: Study, seed: int, batch_size: int) -> float:
+    """Unweighted mean absolute error in x0 on the validation subjects, with the same noise and timesteps every time.
+
+    Both modalities are noised to the same t, so that the number is comparable between all settings.
+    """
+    device, diffusion, errors = backbone.device, backbone.diffusion, []
+    members = study.roles["validation"]
+    for time in VALIDATION_TIMES:
+        for start in range(0, len(members), batch_size):
+            batch = members[start:start + batch_size]
+            x0 = {name: volume.to(device) for name, volume in study.volumes(batch).items()}
+            noise = keyed_noise(study.sizes, *((seed, Purpose.VALIDATION, i, round(100 * time)) for i in batch))
+            t = {name: torch.full((len(batch),), max(1, round(time * diffusion.timesteps)), device=device) for name in x0}
+            xt = {name: diffusion.noisy(x0[name], noise[name].to(device), t[name]) for name in x0}
+            for name, output in backbone(xt, t).items():
+                errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
+    return sum(errors) / len(errors)
+
+
+def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int) -> None:
+    """A grid of real, translated and jointly sampled volumes of held-out subjects, and the sampled volumes as NIfTI.
+
+    The subjects and their noise are the same every time, so that two grids can be flipped between.
+    """
+    shown = study.roles["validation"][:opt.num_samples]
+    real = study.volumes(shown)
+    keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
+    made = {"joint": backbone.sample(keys, study.sizes, opt.sampling_steps, opt.eta), "translated": {}}
+    for source, target in backbone.network.directions:
+        given = {source: real[source]}
+        made["translated"][target] = backbone.sample(keys, study.sizes, opt.sampling_steps, opt.eta, given)[target]
+    rows = []
+    for place, i in enumerate(shown):
+        for name in study.modalities:
+            panels = [Panel(volume[name][place, 0].cpu().numpy(), spacing_of(study.affines[name][i]))
+                      for volume in (real, made["translated"], made["joint"])]
+            rows.append((f"{study.pairs[i].name}\n{name}", panels))
+            for kind, panel in zip(("translated", "joint"), panels[1:]):
+                write_volume(folder / "samples" / f"step_{step:06d}" / f"{study.pairs[i].name}_{name}_{kind}.nii.gz",
+                             to_units(panel.volume, *study.train_range(name)), study.affines[name][i],
+                             study.pairs[i].files[name])
+    save_grid(folder / f"step_{step:06d}.png", f"Stage 1, step {step}: held-out subjects",
+              ["real", "sampled, given the other modality", "sampled jointly, from noise alone"], rows)
+
+
+def train(opt, study: Study, device: torch.device) -> bool:
+    """Train until the end or until asked to stop; returns whether the run is finished."""
+    torch.manual_seed(opt.seed)
+    network = DualModalUNet(study.sizes, **opt.network_arguments()).to(device)
+    members = study.roles["train"]
+    steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.epochs, len(members))
+    ema = EMA(network, opt.ema_decay)
+    optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip)
+    run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser}, model_facts(opt, study), math.inf)
+    last, best = (Path(opt.checkpoint_dir) / name for name in ("last_model.pth", "best_model.pth"))
+    continued = continue_run(run, last, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
+    diffusion, bfloat16 = Diffusion(opt.timesteps, opt.prediction), use_bfloat16(opt.precision, device)
+    backbone, smooth = (Backbone(net, diffusion, opt.timestep_coupling, device, bfloat16) for net in (network, ema.model))
+    folder = Path(opt.result_dir) / "stage1"
+    if run.step >= total:
+        print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best:.4f}. To train longer, raise "
+              f"opt.epochs.\nNext: python main.py --refine --resume_path {best}")
+        return True
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, continued)
+    write_split(folder / "split.csv", study.pairs, study.roles)
+    run.save(last)
+    with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
+        for epoch in range(run.step // steps_per_epoch, opt.epochs):
+            batches = epoch_batches(members, opt.batch_size, opt.seed, epoch)
+            for batch in batches[run.step % steps_per_epoch:]:
+                if stop or run.step >= total:
+                    break
+                rate = optimiser.rate(run.step)
+                loss = diffusion_loss(backbone, opt, study, batch, run.step)
+                norm = optimiser.update(loss, run.step, [study.pairs[i].name for i in batch])
+                ema.update(network)
+                run.step += 1
+                bar.update()
+                bar.set_description(f"stage 1, epoch {epoch + 1}/{opt.epochs}")
+                bar.set_postfix_str(f"loss {loss.item():.4f}")
+                log.write("training", run.step, epoch=epoch + 1, loss=loss.item(), gradient_norm=norm, learning_rate=rate)
+                ended = run.step == total or run.step % steps_per_epoch == 0
+                if run.step == total or (ended and (epoch + 1) % opt.validate_every == 0):
+                    error = validate(smooth, study, opt.seed, opt.batch_size)
+                    log.write("validation", run.step, epoch=epoch + 1, x0_error=error)
+                    bar.write(f"step {run.step:6d}  epoch {epoch + 1:4d}  validation x0 error {error:.4f}")
+                    if error < run.best:
+                        run.best = error
+                        run.save(best)
+                if run.step % save_every == 0 or run.step == total:
+                    write_samples(smooth, opt, study, folder, run.step)
+                if ended or run.step % opt.checkpoint_every == 0:
+                    run.save(last)
+    if run.step < total:
+        run.save(last)
+        print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.")
+        return False
+    print(f"Stage 1 is finished: best x0 error {run.best:.4f}. Pictures: {folder}. Model: {best}\n"
+          f"Next: python main.py --refine --resume_path {best}")
+    return True
+
+
+def continue_run(run: Checkpoint, last: Path, asked: Path | None, free: set[str]) -> bool:
+    """Load the checkpoint that this run goes on from: `asked`, else `last` of its folder; False where there is none.
+
+    Raises CheckpointError where one of the two is another run's: that is neither continued nor overwritten.
+    """
+    found = [path for path in (last if last.exists() else None, asked) if path]
+    for path in found:
+        saved = read_checkpoint(path, (run.stage,))
+        compared = {name: value for name, value in run.facts["options"].items() if name not in free}
+        refuse_another_run(path, saved, compared, run.facts["fingerprints"])
+        run.load(saved)
+    if found:
+        print(f"Continuing {found[-1]} after step {run.step}.")
+    return bool(found)
+
+
+def load_backbone(state: dict, device: torch.device, bfloat16: bool) -> Backbone:
+    """The frozen EMA model of a stage-1 checkpoint's state, ready to sample."""
+    options = state["options"]
+    network = DualModalUNet(state["sizes"], **state["network"])
+    try:
+        network.load_state_dict(state["ema"]["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the stage-1 checkpoint does not fit the network it describes: {error}") from error
+    network = network.to(device).eval().requires_grad_(False)
+    return Backbone(network, Diffusion(options["timesteps"], options["prediction"]), options["timestep_coupling"], device,
+                    bfloat16)

@@ -1,0 +1,292 @@
+"""Stage 2: refine each modality from the other one and from the coarse volume of the frozen stage-1 model.
+
+    python main.py --refine --resume_path ./checkpoints/best_model.pth
+
+Leaves checkpoints/best_refine.pth and last_refine.pth (with the backbone inside), and in results/refine/ log.csv,
+metrics.csv of the test subjects, sample grids and the refined volumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.pairs import write_split
+from data.study import Study, epoch_batches
+from data.volumes import to_units, write_volume
+from models.diffusion import Purpose, keyed_generator
+from models.layers import resize_to
+from models.losses import blend_weights, microstructure_loss, tissue_loss
+from models.refine import RefineNet
+from train import STAGE as STAGE_1
+from train import Backbone, continue_run, load_backbone, model_facts, total_steps
+from utils.checkpoint import Checkpoint, content_hash, read_checkpoint, refuse_another_run
+from utils.ema import EMA
+from utils.figures import Panel, save_grid, spacing_of
+from utils.logger import Log
+from utils.metrics import brain_region, psnr, score, summary, write_metrics
+from utils.optimise import Optimiser, StopRequest, use_bfloat16
+
+save_every = 100  # steps between two sample grids in results/
+
+STAGE = "stage 2"
+COARSE_BATCH = 8  # samples drawn at once
+LOG_COLUMNS = ("kind", "step", "epoch", "loss", "tissue_loss", "microstructure_loss", "gradient_norm", "learning_rate",
+               "psnr")
+# What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
+FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps", "max_minutes",
+                "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "device",
+                "learning_rate"}
+# What must be the same in both stages, or subjects that the backbone was trained on would be tested on
+DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "folds", "fold", "validation_fraction", "seed")
+
+
+class CoarseVolumes:
+    """The coarse volumes of all pairs: made once, kept on disk, keyed by backbone, sampler, seed and subject."""
+
+    def __init__(self, backbone: Backbone, backbone_hash: str, opt, study: Study):
+        self.backbone, self.opt, self.study = backbone, opt, study
+        sampler = (backbone_hash, opt.coarse, opt.coarse_samples, opt.sampling_steps, opt.eta, opt.seed, backbone.bfloat16,
+                   study.fingerprint)
+        self.folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
+        self._volumes: dict[tuple[str, str, int], np.ndarray] = {}
+
+    def prepare(self) -> None:
+        """Sample what is not on disk yet, with a progress bar; then map all of it into memory."""
+        todo = [(source, target, i) for source, target in self.backbone.network.directions
+                for i in range(len(self.study.pairs))]
+        missing = [job for job in todo if not self._path(*job).exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        at_once = max(1, COARSE_BATCH // self.opt.coarse_samples)
+        with tqdm(total=len(missing), desc="coarse volumes", unit="volume", disable=not missing) as bar:
+            for source, target in self.backbone.network.directions:
+                members = [i for s, t, i in missing if (s, t) == (source, target)]
+                for start in range(0, len(members), at_once):
+                    batch = members[start:start + at_once]
+                    for i, volume in zip(batch, self._sample(source, target, batch)):
+                        temporary = self._path(source, target, i).with_suffix(".part")
+                        with open(temporary, "wb") as file:
+                            np.save(file, volume)
+                        temporary.replace(self._path(source, target, i))
+                        bar.update()
+        self._volumes = {job: np.load(self._path(*job), mmap_mode="r") for job in todo}
+
+    def _path(self, source: str, target: str, position: int) -> Path:
+        return self.folder / f"{self.study.pairs[position].name}_{source}_to_{target}.npy"
+
+    def _sample(self, source: str, target: str, batch: list[int]) -> np.ndarray:
+        """Means (B, X, Y, Z) of opt.coarse_samples samples of the target for each of these pairs."""
+        opt, repeats = self.opt, self.opt.coarse_samples
+        keys = [(opt.seed, Purpose.COARSE, i, k) for i in batch for k in range(repeats)]
+        given = {}
+        if opt.coarse == "given":
+            given[source] = self.study.volumes(batch)[source].repeat_interleave(repeats, dim=0)
+        samples = self.backbone.sample(keys, self.study.sizes, opt.sampling_steps, opt.eta, given)[target][:, 0]
+        return samples.unflatten(0, (len(batch), repeats)).mean(dim=1).cpu().numpy()
+
+    def volumes(self, source: str, target: str, positions: list[int]) -> torch.Tensor:
+        """(B, 1, X, Y, Z) coarse volumes of the target."""
+        return torch.from_numpy(np.stack([self._volumes[source, target, i] for i in positions])[:, None])
+
+
+class Refinement:
+    """What every part of stage 2 works with: settings, study, coarse volumes, mean volumes, and where it computes."""
+
+    def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str):
+        self.opt, self.study, self.device, self.bfloat16 = opt, study, backbone.device, backbone.bfloat16
+        self.coarse = CoarseVolumes(backbone, backbone_hash, opt, study)
+        self.means = {name: volume.to(self.device) for name, volume in study.mean_volumes().items()}
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    @torch.no_grad()
+    def refined(self, network: RefineNet, source: str, target: str, positions: list[int]) -> torch.Tensor:
+        """Refined volumes (B, 1, X, Y, Z) in [-1, 1], on the CPU, made one pair at a time."""
+        made = []
+        for i in positions:
+            volume = self.study.volumes([i])[source].to(self.device)
+            coarse = self.coarse.volumes(source, target, [i]).to(self.device)
+            with self.autocast():
+                made.append(network(source, target, volume, coarse).clamp(-1, 1).cpu())
+        return torch.cat(made)
+
+
+def fit_blend(network: RefineNet, study: Study, coarse: CoarseVolumes) -> None:
+    """Start the residual path of each direction from the best linear blend of coarse, source and a constant.
+
+    Fitted on the validation subjects: on the training subjects the coarse volumes look better than they will be.
+    """
+    members = study.roles["validation"]
+    truth = study.volumes(members)
+    for source, target in network.directions:
+        made = coarse.volumes(source, target, members)
+        candidates = [made, resize_to(truth[source], made.shape[2:])]
+        network.nets[f"{source}_to_{target}"].blend.copy_(blend_weights(truth[target], candidates))
+
+
+def refinement_losses(network: RefineNet, work: Refinement, batch: list[int],
+                      step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tissue and microstructure loss of one batch, the mean over both directions.
+
+    Sometimes the coarse volume is withheld (the mean volume stands in), so that refinement does not over-trust it.
+    """
+    opt, device = work.opt, work.device
+    truth = {name: volume.to(device) for name, volume in work.study.volumes(batch).items()}
+    masks = {name: mask.to(device) for name, mask in work.study.masks(batch).items()}
+    tissue = microstructure = torch.zeros((), device=device)
+    for place, (source, target) in enumerate(network.directions):
+        coarse = work.coarse.volumes(source, target, batch).to(device)
+        draw = torch.rand(len(batch), generator=keyed_generator(opt.seed, Purpose.WITHHOLD, step, place)).to(device)
+        coarse = torch.where((draw < opt.coarse_dropout)[:, None, None, None, None], work.means[target], coarse)
+        with work.autocast():
+            refined = network(source, target, truth[source], coarse)
+        tissue = tissue + tissue_loss(refined, truth[target], masks[target], opt.pattern_weight) / 2
+        microstructure = microstructure + microstructure_loss(refined, truth[target]) / 2
+    return tissue, microstructure
+
+
+def validation_psnr(network: RefineNet, work: Refinement) -> float:
+    """Mean PSNR in dB of the refined validation volumes over both directions."""
+    members, values = work.study.roles["validation"], []
+    truth = work.study.volumes(members)
+    for source, target in network.directions:
+        errors = work.refined(network, source, target, members) - truth[target]
+        values += [psnr(error.numpy()) for error in errors]
+    return sum(values) / len(values)
+
+
+def report(network: RefineNet, work: Refinement) -> list[dict]:
+    """Rows of metrics.csv: every test pair, direction, volume (refined, coarse, mean, source) and region."""
+    study, rows = work.study, []
+    for i in study.roles["test"]:
+        real, masks = study.volumes([i]), study.masks([i])
+        for source, target in network.directions:
+            truth = real[target][0, 0].numpy()
+            candidates = {"refined": work.refined(network, source, target, [i]),
+                          "coarse": work.coarse.volumes(source, target, [i]), "mean": work.means[target].cpu()}
+            if study.sizes[source] == study.sizes[target]:
+                candidates["source"] = real[source]
+            regions = {"brain": brain_region(truth), "pattern": masks[target][0, 0].numpy() > 0}
+            for volume, candidate in candidates.items():
+                for region, scores in score(candidate[0, 0].numpy(), truth, regions).items():
+                    rows.append({"subject": study.pairs[i].name, "direction": f"{source}->{target}", "volume": volume,
+                                 "region": region, **scores})
+    return rows
+
+
+def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int) -> None:
+    """A grid of source, coarse, refined, truth and absolute error for held-out subjects; refined volumes as NIfTI."""
+    study, rows = work.study, []
+    for i in study.roles["validation"][:work.opt.num_samples]:
+        pair, real = study.pairs[i], study.volumes([i])
+        for source, target in network.directions:
+            coarse, refined = work.coarse.volumes(source, target, [i]), work.refined(network, source, target, [i])
+            spacing = {name: spacing_of(study.affines[name][i]) for name in (source, target)}
+            quality = [f"{psnr((each - real[target]).numpy()):.2f} dB" for each in (coarse, refined)]
+            error = (refined - real[target]).abs()
+            rows.append((f"{pair.name}\n{source} -> {target}", [
+                Panel(real[source][0, 0].numpy(), spacing[source]),
+                Panel(coarse[0, 0].numpy(), spacing[target], quality[0]),
+                Panel(refined[0, 0].numpy(), spacing[target], quality[1]),
+                Panel(real[target][0, 0].numpy(), spacing[target]),
+                Panel(error[0, 0].numpy(), spacing[target], f"mean {error.mean():.3f}; white is 1", kind="error")]))
+            write_volume(folder / "samples" / f"step_{step:06d}" / f"{pair.name}_{target}_refined.nii.gz",
+                         to_units(refined[0, 0].numpy(), *study.train_range(target)), study.affines[target][i],
+                         pair.files[target])
+    save_grid(folder / f"step_{step:06d}.png", f"Stage 2, step {step}: held-out subjects",
+              ["source", "coarse", "refined", "truth", "absolute error"], rows)
+
+
+def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16: bool) -> Backbone:
+    """The frozen stage-1 model inside a checkpoint of either stage. Raises CheckpointError where the data do not match."""
+    stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
+    refuse_another_run(Path(opt.resume_path), stage_1, {name: opt.resolved()[name] for name in DATA_OPTIONS},
+                       {"data": study.fingerprint, "split": study.split_fingerprint})
+    return load_backbone(stage_1, device, bfloat16)
+
+
+class Kept:
+    """A part of a checkpoint that never changes: the backbone's own facts and weights."""
+
+    def __init__(self, state: dict):
+        self.state = {key: state[key] for key in ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges")}
+        self.state["ema"] = {"model": state["ema"]["model"]}
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = state
+
+
+def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
+    """Train stage 2 on the backbone in `state` (a checkpoint's content); returns whether the run is finished."""
+    backbone = open_backbone(opt, study, device, state, use_bfloat16(opt.precision, device))
+    backbone_hash = content_hash(backbone.network)
+    torch.manual_seed(opt.seed)
+    network = RefineNet(study.sizes, **opt.network_arguments()).to(device)
+    members = study.roles["train"]
+    steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.refine_epochs, len(members))
+    facts = model_facts(opt, study)
+    facts["fingerprints"]["backbone"] = backbone_hash
+    ema = EMA(network, opt.ema_decay)
+    optimiser = Optimiser(network, opt.refine_learning_rate, opt.warmup_steps, total, opt.gradient_clip)
+    kept = Kept(state if state["stage"] == STAGE_1 else state["backbone"])
+    run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser, "backbone": kept}, facts, -math.inf)
+    last, best = (Path(opt.checkpoint_dir) / name for name in ("last_refine.pth", "best_refine.pth"))
+    continued = continue_run(run, last, Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
+    folder = Path(opt.result_dir) / "refine"
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, continued)
+    write_split(folder / "split.csv", study.pairs, study.roles)
+    work = Refinement(opt, study, backbone, backbone_hash)
+    work.coarse.prepare()
+    if not continued:
+        for each in (network, ema.model):
+            fit_blend(each, study, work.coarse)
+        run.save(last)
+    with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
+        for epoch in range(run.step // steps_per_epoch, opt.refine_epochs):
+            batches = epoch_batches(members, opt.batch_size, opt.seed, epoch)
+            for batch in batches[run.step % steps_per_epoch:]:
+                if stop or run.step >= total:
+                    break
+                rate = optimiser.rate(run.step)
+                tissue, structure = refinement_losses(network, work, batch, run.step)
+                loss = tissue + opt.microstructure_weight * structure
+                norm = optimiser.update(loss, run.step, [study.pairs[i].name for i in batch])
+                ema.update(network)
+                run.step += 1
+                bar.update()
+                bar.set_description(f"stage 2, epoch {epoch + 1}/{opt.refine_epochs}")
+                bar.set_postfix_str(f"loss {loss.item():.4f}")
+                log.write("training", run.step, epoch=epoch + 1, loss=loss.item(), tissue_loss=tissue.item(),
+                          microstructure_loss=structure.item(), gradient_norm=norm, learning_rate=rate)
+                ended = run.step == total or run.step % steps_per_epoch == 0
+                if run.step == total or (ended and (epoch + 1) % opt.validate_every == 0):
+                    value = validation_psnr(ema.model, work)
+                    log.write("validation", run.step, epoch=epoch + 1, psnr=value)
+                    bar.write(f"step {run.step:6d}  epoch {epoch + 1:4d}  validation PSNR {value:.2f} dB")
+                    if value > run.best:
+                        run.best = value
+                        run.save(best)
+                if run.step % save_every == 0 or run.step == total:
+                    write_samples(ema.model, work, folder, run.step)
+                if ended or run.step % opt.checkpoint_every == 0:
+                    run.save(last)
+    if run.step < total:
+        run.save(last)
+        print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.")
+        return False
+    network.load_state_dict(read_checkpoint(best, (STAGE,))["ema"]["model"])
+    rows = report(network, work)
+    write_metrics(folder / "metrics.csv", rows)
+    print(f"\nStage 2 is finished: {total} steps, best validation PSNR {run.best:.2f} dB. On the {len(study.roles['test'])} "
+          f"test pairs:\n{summary(rows)}\nMetrics: {folder / 'metrics.csv'}. Pictures: {folder}. Model: {best}\n"
+          "To train longer, raise opt.refine_epochs.")
+    return True

@@ -1,0 +1,92 @@
+"""Sample grids: labelled PNG pictures of volumes, three orthogonal slices each, in true proportions.
+
+Neurological view: the subject's left is on the left (L and R mark it). Volumes are (X, Y, Z) in RAS order and [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
+
+HEIGHT = 120  # pixels of the tallest slice
+GAP, LABEL, FONT = 4, 150, 14
+HEAT = np.array([[0, 0, 0], [120, 0, 90], [230, 60, 40], [255, 190, 60], [255, 255, 235]], dtype=float)  # 0 .. 1
+
+
+@dataclass
+class Panel:
+    """One volume of a grid. kind "grey": -1 black, 1 white; "error": absolute error, 0 black, 1 white."""
+
+    volume: np.ndarray  # (X, Y, Z)
+    spacing: np.ndarray  # (3,) mm
+    caption: str = ""
+    kind: str = "grey"
+
+
+def spacing_of(affine: np.ndarray) -> np.ndarray:
+    """Voxel size (3,) in mm of an affine (4, 4)."""
+    return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _slices(panel: Panel) -> list[np.ndarray]:
+    """Axial, coronal and sagittal slice through the middle, each (height, width) with up and front at the top."""
+    x, y, z = (n // 2 for n in panel.volume.shape)
+    x -= max(1, panel.volume.shape[0] // 16)  # beside the fissure between the hemispheres
+    return [np.rot90(panel.volume[:, :, z]), np.rot90(panel.volume[:, y, :]), np.rot90(panel.volume[x, :, :])]
+
+
+def _draw(panel: Panel, width: int) -> torch.Tensor:
+    """One cell, uint8 (3, HEIGHT + caption, width)."""
+    extents = np.array(panel.volume.shape) * panel.spacing
+    scale = HEIGHT / max(extents[1], extents[2])
+    cell = Image.new("RGB", (width, HEIGHT + FONT + 4))
+    left = 0
+    for view, (across, up) in zip(_slices(panel), ((0, 1), (0, 2), (1, 2))):
+        if panel.kind == "error":
+            place = np.clip(view, 0, 1) * (len(HEAT) - 1)
+            pixels = np.stack([np.interp(place, range(len(HEAT)), HEAT[:, c]) for c in range(3)], axis=-1)
+        else:
+            pixels = np.repeat(((np.clip(view, -1, 1) + 1) * 127.5)[..., None], 3, axis=-1)
+        size = (max(1, round(extents[across] * scale)), max(1, round(extents[up] * scale)))
+        drawn = Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        cell.paste(drawn, (left, (HEIGHT - size[1]) // 2))
+        left += size[0] + GAP
+    ImageDraw.Draw(cell).text((2, HEIGHT), panel.caption, fill=(200, 200, 200), font=ImageFont.load_default(FONT - 2))
+    return torch.from_numpy(np.asarray(cell).copy()).permute(2, 0, 1)
+
+
+def _width(panel: Panel) -> int:
+    extents = np.array(panel.volume.shape) * panel.spacing
+    scale = HEIGHT / max(extents[1], extents[2])
+    return int(np.ceil((2 * extents[0] + extents[1]) * scale)) + 3 * GAP
+
+
+def save_grid(path: Path, title: str, columns: list[str], rows: list[tuple[str, list[Panel | None]]]) -> None:
+    """Write a PNG: a title, a header of column names, and rows of (label, one panel per column or None)."""
+    panels = [panel for _, row in rows for panel in row]
+    width = max(_width(panel) for panel in panels if panel)
+    empty = torch.zeros(3, HEIGHT + FONT + 4, width, dtype=torch.uint8)
+    cells = make_grid([_draw(panel, width) if panel else empty for panel in panels], nrow=len(columns), padding=GAP)
+    body = Image.fromarray(cells.permute(1, 2, 0).numpy())
+    font, top = ImageFont.load_default(FONT), 3 * FONT + 10
+    canvas = Image.new("RGB", (LABEL + body.width, top + body.height))
+    canvas.paste(body, (LABEL, top))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((6, 4), title, fill="white", font=font)
+    for place, name in enumerate(columns):
+        draw.text((LABEL + GAP + place * (width + GAP), 2 * FONT + 2), name, fill=(255, 210, 120), font=font)
+    for place, (name, row) in enumerate(rows):
+        y = top + GAP + place * (HEIGHT + FONT + 4 + GAP)
+        draw.multiline_text((6, y + HEIGHT // 3), name, fill=(160, 210, 255), font=font)
+        for column, panel in enumerate(row):
+            if panel:
+                draw.text((LABEL + GAP + column * (width + GAP) + 1, y), "L", fill=(120, 120, 120), font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    canvas.save(temporary, format="PNG")
+    temporary.replace(path)

@@ -1,0 +1,44 @@
+"""What a run leaves for programs to read: log.csv, one row per step and per validation."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+
+class LogError(ValueError):
+    """A log that belongs to another run; the message says what to do."""
+
+
+class Log:
+    """Appends rows to a CSV file. A continued run first drops the rows after its step.
+
+    columns: the first two must be "kind" (training or validation) and "step". Raises LogError where a run starts anew
+    but the file holds the steps of another one.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int, continued: bool):
+        self.path, self.columns = path, columns
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+            kept = [row for row in rows if int(row["step"]) <= step]
+            if rows and not continued:
+                raise LogError(f"{path} belongs to a run whose checkpoint is not in opt.checkpoint_dir. It is left as it is; "
+                               "set opt.result_dir to another folder, or move the old results away")
+        temporary = path.with_name(f".{path.name}.part")
+        with open(temporary, "w", newline="") as file:
+            rows = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            rows.writeheader()
+            rows.writerows(kept)
+        os.replace(temporary, path)
+
+    def write(self, kind: str, step: int, **values: float) -> None:
+        """Append one row; floats with six significant digits."""
+        row = {"kind": kind, "step": step, **values}
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(
+                f"{row[name]:.6g}" if isinstance(row.get(name), float) else row.get(name, "") for name in self.columns)

@@ -1,0 +1,92 @@
+"""Scores of synthesised volumes, and their table. Volumes are (X, Y, Z) in [-1, 1], so the data range is 2."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import binary_fill_holes, label
+from scipy.stats import bootstrap
+from skimage.filters import threshold_otsu
+from skimage.metrics import structural_similarity
+
+DATA_RANGE = 2.0
+COLUMNS = ("subject", "direction", "volume", "region", "psnr", "ssim", "mae")
+
+
+def brain_region(truth: np.ndarray) -> np.ndarray:
+    """Bool (X, Y, Z): the largest connected part above Otsu's threshold, holes filled."""
+    parts, _ = label(truth > threshold_otsu(truth))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return binary_fill_holes(parts == sizes.argmax())
+
+
+def score(candidate: np.ndarray, truth: np.ndarray, regions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """region -> psnr (dB), ssim, mae; `regions`: name -> bool (X, Y, Z). "volume" is always scored.
+
+    Both volumes are clipped to [-1, 1]. SSIM is scikit-image's with a Gaussian window (sigma 1.5); in a region it is
+    the mean of the SSIM map there.
+    """
+    candidate, truth = (np.clip(each, -1, 1).astype(np.float64) for each in (candidate, truth))
+    mean_ssim, ssim_map = structural_similarity(candidate, truth, data_range=DATA_RANGE, gaussian_weights=True, sigma=1.5,
+                                                use_sample_covariance=False, full=True)
+    error = candidate - truth
+    scores = {"volume": {"psnr": psnr(error), "ssim": float(mean_ssim), "mae": float(np.abs(error).mean())}}
+    for name, region in regions.items():
+        if region.any():
+            scores[name] = {"psnr": psnr(error[region]), "ssim": float(ssim_map[region].mean()),
+                            "mae": float(np.abs(error[region]).mean())}
+    return scores
+
+
+def psnr(error: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of an error, data range 2; infinite where there is none."""
+    mean_square = float(np.mean(np.square(error, dtype=np.float64)))
+    return float(10 * np.log10(DATA_RANGE**2 / mean_square)) if mean_square else float("inf")
+
+
+def write_metrics(path: Path, rows: list[dict]) -> None:
+    """Write rows with the keys of COLUMNS as CSV, replacing the file as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows({key: f"{value:.5f}" if isinstance(value, float) else value for key, value in row.items()}
+                        for row in rows)
+    temporary.replace(path)
+
+
+def paired_gain(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Mean of first - second (N,) over the same subjects, and its 95 % bootstrap interval (10,000 draws)."""
+    gain = np.asarray(first) - np.asarray(second)
+    if len(gain) < 2 or np.ptp(gain) == 0:
+        return float(gain.mean()), float("nan"), float("nan")
+    interval = bootstrap((gain,), np.mean, n_resamples=10_000, method="percentile",
+                         rng=np.random.default_rng(0)).confidence_interval
+    return float(gain.mean()), float(interval.low), float(interval.high)
+
+
+def summary(rows: list[dict]) -> str:
+    """A table for people: scores of every volume over the whole volume, and the paired gain of refined over it."""
+    rows = [row for row in rows if row["region"] == "volume"]
+    subjects = sorted({row["subject"] for row in rows})
+    lines = [f"{'direction':<16} {'volume':<8}   PSNR (dB)       SSIM            "
+             "refined is better by (95 % interval)"]
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        scores = {}
+        for row in rows:
+            if row["direction"] == direction:
+                scores.setdefault(row["volume"], {})[row["subject"]] = row
+        for volume, by_subject in scores.items():
+            values = {key: np.array([by_subject[name][key] for name in subjects]) for key in ("psnr", "ssim")}
+            line = f"{direction:<16} {volume:<8} " + " ".join(
+                f"{each.mean():6.{digits}f} +- {each.std():5.{digits}f}" for each, digits in zip(values.values(), (2, 3)))
+            if volume != "refined" and "refined" in scores:
+                for key, digits, unit in (("psnr", 2, " dB"), ("ssim", 3, "")):
+                    gain, low, high = paired_gain([scores["refined"][name][key] for name in subjects], values[key])
+                    line += f"  {gain:+.{digits}f}{unit} ({low:+.{digits}f} .. {high:+.{digits}f})"
+            lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""The optimiser step that both trainers share: precision, learning-rate schedule, clipping, and when to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+
+import torch
+from torch import Tensor, nn
+
+BAD_STEPS_IN_A_ROW = 5
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; the message says at which step, with which subjects, and what to do."""
+
+
+def use_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: as asked, or with "auto" where the processor or GPU has it in hardware."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class Optimiser:
+    """Adam with warm-up and cosine decay by optimiser step, and gradient clipping."""
+
+    def __init__(self, model: nn.Module, learning_rate: float, warmup_steps: int, total_steps: int,
+                 gradient_clip: float):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.adam = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
+        self.peak, self.warmup, self.total, self.clip = learning_rate, warmup_steps, total_steps, gradient_clip
+        self.bad_in_a_row = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: rises linearly to the peak, then falls as half a cosine towards 0."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def update(self, loss: Tensor, step: int, subjects: list[str]) -> float:
+        """Back-propagate and step; returns the gradient norm. A loss or gradient that is not finite is not stepped on;
+        several in a row raise TrainingError."""
+        self.adam.param_groups[0]["lr"] = self.rate(step)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf).item()
+        if math.isfinite(norm) and math.isfinite(loss.item()):
+            self.adam.step()
+            self.bad_in_a_row = 0
+        else:
+            self.bad_in_a_row += 1
+            if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+                raise TrainingError(f"step {step}: loss or gradient was not finite {self.bad_in_a_row} times in a row, "
+                                    f"last with {', '.join(subjects)}. The last checkpoint is sound; lower "
+                                    'opt.learning_rate, or set opt.precision = "fp32", and run the same command')
+        self.adam.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict:
+        return self.adam.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adam.load_state_dict(state)
+
+
+class StopRequest:
+    """True once SIGTERM or SIGINT came, or `minutes` (0: no limit) are over. Use as a context manager."""
+
+    def __init__(self, minutes: float):
+        self.reason = ""
+        self._deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                self._before[number] = signal.signal(number, self._asked)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, _frame: object) -> None:
+        self.reason = f"asked to by {signal.Signals(number).name}"
+
+    def __bool__(self) -> bool:
+        if not self.reason and time.monotonic() > self._deadline:
+            self.reason = "opt.max_minutes are over"
+        return bool(self.reason)
