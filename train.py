@@ -17,10 +17,11 @@ from tqdm import tqdm
 from data.pairs import write_split
 from data.study import Study, epoch_batches
 from data.volumes import to_units, write_volume
+from models.backbone import Backbone
 from models.diffusion import Diffusion, Purpose, keyed_noise, training_timesteps
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
-from utils.checkpoint import Checkpoint, CheckpointError, read_checkpoint, refuse_another_run
+from utils.checkpoint import Checkpoint, read_checkpoint, refuse_another_run
 from utils.ema import EMA
 from utils.figures import Panel, save_grid, spacing_of
 from utils.logger import Log
@@ -36,24 +37,6 @@ FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "ma
                 "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampling_steps", "eta", "device",
                 "refine_learning_rate", "refine_epochs", "microstructure_weight", "coarse", "coarse_samples",
                 "coarse_dropout"}
-
-
-class Backbone:
-    """A dual-modal network with its diffusion process, as it is trained, sampled, and rebuilt from a checkpoint."""
-
-    def __init__(self, network: DualModalUNet, diffusion: Diffusion, coupling: str, device: torch.device, bfloat16: bool):
-        self.network, self.diffusion, self.coupling = network, diffusion, coupling
-        self.device, self.bfloat16 = device, bfloat16
-
-    def __call__(self, xt, t, wanted=None):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.network(xt, t, wanted)
-
-    def sample(self, keys: list[tuple[int, ...]], sizes: dict, steps: int, eta: float, given: dict | None = None):
-        """One sample of every modality per key; `given` modalities stay as they are."""
-        noise = {name: each.to(self.device) for name, each in keyed_noise(sizes, *keys).items()}
-        given = {name: each.to(self.device) for name, each in (given or {}).items()}
-        return self.diffusion.sample(self, noise, steps, eta=eta, given=given, coupling=self.coupling, keys=keys)
 
 
 def model_facts(opt, study: Study) -> dict:
@@ -203,16 +186,3 @@ def continue_run(run: Checkpoint, last: Path, asked: Path | None, free: set[str]
     if found:
         print(f"Continuing {found[-1]} after step {run.step}.")
     return bool(found)
-
-
-def load_backbone(state: dict, device: torch.device, bfloat16: bool) -> Backbone:
-    """The frozen EMA model of a stage-1 checkpoint's state, ready to sample."""
-    options = state["options"]
-    network = DualModalUNet(state["sizes"], **state["network"])
-    try:
-        network.load_state_dict(state["ema"]["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"the stage-1 checkpoint does not fit the network it describes: {error}") from error
-    network = network.to(device).eval().requires_grad_(False)
-    return Backbone(network, Diffusion(options["timesteps"], options["prediction"]), options["timestep_coupling"], device,
-                    bfloat16)

@@ -16,16 +16,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.coarse import CoarseVolumes
 from data.pairs import write_split
 from data.study import Study, epoch_batches
 from data.volumes import to_units, write_volume
+from models.backbone import Backbone
 from models.diffusion import Purpose, keyed_generator
 from models.layers import resize_to
 from models.losses import blend_weights, microstructure_loss, tissue_loss
 from models.refine import RefineNet
 from train import STAGE as STAGE_1
-from train import Backbone, continue_run, load_backbone, model_facts, total_steps
-from utils.checkpoint import Checkpoint, content_hash, read_checkpoint, refuse_another_run
+from train import continue_run, model_facts, total_steps
+from utils.checkpoint import Checkpoint, CheckpointError, content_hash, read_checkpoint, refuse_another_run
 from utils.ema import EMA
 from utils.figures import Panel, save_grid, spacing_of
 from utils.logger import Log
@@ -46,40 +48,21 @@ FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "re
 DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "folds", "fold", "validation_fraction", "seed")
 
 
-class CoarseVolumes:
-    """The coarse volumes of all pairs: made once, kept on disk, keyed by backbone, sampler, seed and subject."""
+class Refinement:
+    """What every part of stage 2 works with: settings, study, coarse volumes, mean volumes, and where it computes."""
 
-    def __init__(self, backbone: Backbone, backbone_hash: str, opt, study: Study):
-        self.backbone, self.opt, self.study = backbone, opt, study
-        sampler = (backbone_hash, opt.coarse, opt.coarse_samples, opt.sampling_steps, opt.eta, opt.seed, backbone.bfloat16,
+    def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str):
+        self.opt, self.study, self.backbone = opt, study, backbone
+        self.device, self.bfloat16 = backbone.device, backbone.bfloat16
+        sampler = (backbone_hash, opt.coarse, opt.coarse_samples, opt.sampling_steps, opt.eta, opt.seed, self.bfloat16,
                    study.fingerprint)
-        self.folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
-        self._volumes: dict[tuple[str, str, int], np.ndarray] = {}
+        self.coarse = CoarseVolumes(Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24],
+                                    [pair.name for pair in study.pairs], backbone.network.directions)
+        self.coarse.prepare(self._sample_coarse, max(1, COARSE_BATCH // opt.coarse_samples),
+                            lambda batches: tqdm(batches, desc="coarse volumes", unit="batch", disable=not batches))
+        self.means = {name: volume.to(self.device) for name, volume in study.mean_volumes().items()}
 
-    def prepare(self) -> None:
-        """Sample what is not on disk yet, with a progress bar; then map all of it into memory."""
-        todo = [(source, target, i) for source, target in self.backbone.network.directions
-                for i in range(len(self.study.pairs))]
-        missing = [job for job in todo if not self._path(*job).exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        at_once = max(1, COARSE_BATCH // self.opt.coarse_samples)
-        with tqdm(total=len(missing), desc="coarse volumes", unit="volume", disable=not missing) as bar:
-            for source, target in self.backbone.network.directions:
-                members = [i for s, t, i in missing if (s, t) == (source, target)]
-                for start in range(0, len(members), at_once):
-                    batch = members[start:start + at_once]
-                    for i, volume in zip(batch, self._sample(source, target, batch)):
-                        temporary = self._path(source, target, i).with_suffix(".part")
-                        with open(temporary, "wb") as file:
-                            np.save(file, volume)
-                        temporary.replace(self._path(source, target, i))
-                        bar.update()
-        self._volumes = {job: np.load(self._path(*job), mmap_mode="r") for job in todo}
-
-    def _path(self, source: str, target: str, position: int) -> Path:
-        return self.folder / f"{self.study.pairs[position].name}_{source}_to_{target}.npy"
-
-    def _sample(self, source: str, target: str, batch: list[int]) -> np.ndarray:
+    def _sample_coarse(self, source: str, target: str, batch: list[int]) -> np.ndarray:
         """Means (B, X, Y, Z) of opt.coarse_samples samples of the target for each of these pairs."""
         opt, repeats = self.opt, self.opt.coarse_samples
         keys = [(opt.seed, Purpose.COARSE, i, k) for i in batch for k in range(repeats)]
@@ -88,19 +71,6 @@ class CoarseVolumes:
             given[source] = self.study.volumes(batch)[source].repeat_interleave(repeats, dim=0)
         samples = self.backbone.sample(keys, self.study.sizes, opt.sampling_steps, opt.eta, given)[target][:, 0]
         return samples.unflatten(0, (len(batch), repeats)).mean(dim=1).cpu().numpy()
-
-    def volumes(self, source: str, target: str, positions: list[int]) -> torch.Tensor:
-        """(B, 1, X, Y, Z) coarse volumes of the target."""
-        return torch.from_numpy(np.stack([self._volumes[source, target, i] for i in positions])[:, None])
-
-
-class Refinement:
-    """What every part of stage 2 works with: settings, study, coarse volumes, mean volumes, and where it computes."""
-
-    def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str):
-        self.opt, self.study, self.device, self.bfloat16 = opt, study, backbone.device, backbone.bfloat16
-        self.coarse = CoarseVolumes(backbone, backbone_hash, opt, study)
-        self.means = {name: volume.to(self.device) for name, volume in study.mean_volumes().items()}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
@@ -208,7 +178,10 @@ def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
     refuse_another_run(Path(opt.resume_path), stage_1, {name: opt.resolved()[name] for name in DATA_OPTIONS},
                        {"data": study.fingerprint, "split": study.split_fingerprint})
-    return load_backbone(stage_1, device, bfloat16)
+    try:
+        return Backbone.from_checkpoint(stage_1, device, bfloat16)
+    except RuntimeError as error:
+        raise CheckpointError(f"{opt.resume_path}: its weights do not fit the network it describes ({error})") from error
 
 
 class Kept:
@@ -245,7 +218,6 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, continued)
     write_split(folder / "split.csv", study.pairs, study.roles)
     work = Refinement(opt, study, backbone, backbone_hash)
-    work.coarse.prepare()
     if not continued:
         for each in (network, ema.model):
             fit_blend(each, study, work.coarse)

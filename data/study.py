@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from data.atlas import pattern_mask, roi_centres
+from data.files import replace_file
 from data.pairs import Pair, in_mni_space
 from data.volumes import VolumeError, normalise, read_volume, resample
 
@@ -111,8 +111,8 @@ def cached_volume(path: Path, modality: str, reduce: str, size: tuple[int, int, 
             volume, affine = _resized(volume, affine, path, modality, size, resize)
         volume, low, high = normalise(volume, path)
         facts = {"low": low, "high": high, "affine": affine.tolist(), "crc": zlib.crc32(volume.tobytes())}
-        _write(voxels_file, lambda file: np.save(file, volume))
-        _write(facts_file, lambda file: file.write(json.dumps(facts).encode()))  # last: its presence says all is there
+        replace_file(voxels_file, lambda file: np.save(file, volume))
+        replace_file(facts_file, lambda file: file.write(json.dumps(facts).encode()))  # last: its presence says all is there
     return np.load(voxels_file, mmap_mode="r"), json.loads(facts_file.read_text())
 
 
@@ -124,15 +124,3 @@ def _resized(volume: np.ndarray, affine: np.ndarray, path: Path, modality: str, 
     raise VolumeError(f"{path}: has size {found}, but opt.image_size asks {wanted} of {modality}; set opt.image_size "
                       f'(on the command line --image_size {modality}={found}, and the other modality likewise) '
                       f'or opt.resize = "resample"')
-
-
-def _write(path: Path, write) -> None:
-    """Write a file under another name first, so that several processes may do so at once and none reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -66,7 +66,8 @@ class DirectionNet(nn.Module):
     """source (B, 1, Xs, Ys, Zs), target (B, 1, Xt, Yt, Zt), timesteps -> (B, 1, Xt, Yt, Zt).
 
     fusion "early" also gives the body the target, resampled to the source's grid. timesteps: how many the network is
-    told: 2 in stage 1 (the source's and the target's), 0 in stage 2.
+    told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps, the noisy target is also added to
+    the output with a learned gain per timestep: the noise need not be carried through the convolutions.
     """
 
     def __init__(self, source_size: tuple[int, ...], timesteps: int, *, channels: int, depth: int, blocks: int,
@@ -83,8 +84,11 @@ class DirectionNet(nn.Module):
         self.output = ResBlock(2 * channels, channels, emb_channels, dropout)
         self.norm = nn.GroupNorm(8, channels)
         self.head = nn.Conv3d(channels, patch**3, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.gain = nn.Linear(emb_channels, 1) if timesteps else None
+        for layer in (self.head, self.gain):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, source: Tensor, target: Tensor, *t: Tensor) -> Tensor:
         emb = sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t)) if t else None
@@ -94,8 +98,10 @@ class DirectionNet(nn.Module):
         features = self.body(torch.cat(inputs, dim=1), emb)
         stem = self.target_stem(to_patches(target, self.patch))
         h = self.output(torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1), emb)
-        h = self.head(F.silu(self.norm(h)))
-        return from_patches(h, self.patch, target.shape[2:]).float()
+        h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
+        if self.gain is not None:
+            h = h + self.gain(F.silu(emb)).float()[:, :, None, None, None] * target
+        return h
 
 
 class DualModalUNet(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import inspect
 import re
@@ -53,9 +54,10 @@ def parse_arguments(opt, presets: dict[str, Callable], argv: list[str], descript
         edits = {name: value for name, value in vars(opt).items() if name in opt.edited}
         opt = presets[preset]()
         given = {**edits, **given}
+    settings = copy.deepcopy(opt)
     for name, value in given.items():
-        setattr(opt, name, value)
-    return opt
+        setattr(settings, name, value)
+    return settings
 
 
 def _shown(value: object) -> str:

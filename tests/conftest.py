@@ -1,0 +1,66 @@
+"""A tiny study and the program as a child process, for all tests."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {"fmri": (12, 13, 11), "dmri": (16, 17, 14)}
+SPACING = {"fmri": 14.0, "dmri": 11.0}
+TINY = ["--image_size", "fmri=12x13x11", "dmri=16x17x14", "--base_channels", "8", "--unet_depth", "2", "--epochs", "3",
+        "--refine_epochs", "3", "--batch_size", "2", "--sampling_steps", "3", "--warmup_steps", "2", "--coarse_samples", "1",
+        "--num_samples", "1", "--validate_every", "1", "--folds", "3", "--precision", "fp32", "--device", "cpu"]
+
+
+def brain(size: tuple[int, int, int], radius: float, contrast: float, seed: int) -> np.ndarray:
+    """A noisy ball with a core, which stands for a brain; (X, Y, Z) float32."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij"))
+    distance = np.sqrt((grid**2).sum(0))
+    noise = np.random.default_rng(seed).normal(0, 0.02, size)
+    return ((distance < radius) * 0.5 + (distance < radius / 2) * contrast + noise).astype(np.float32) * 900
+
+
+def write_pairs(folder: Path, subjects: int = 6, name: str = "{}_space-MNI_{}.nii.gz") -> Path:
+    """Write a CSV study of tiny pairs; returns the CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(1, subjects + 1):
+        row = {"subject": f"sub-{number:02d}"}
+        for modality, size in SIZES.items():
+            radius = 0.6 + 0.03 * number
+            volume = brain(size, radius, 0.4 if modality == "fmri" else -0.3, 100 * number + len(size))
+            affine = np.diag([SPACING[modality]] * 3 + [1.0])
+            affine[:3, 3] = -np.array(size) / 2 * SPACING[modality]
+            row[modality] = name.format(row["subject"], modality)
+            nib.save(nib.Nifti1Image(volume, affine), folder / row[modality])
+        rows.append(row)
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, ["subject", *SIZES])
+        table.writeheader()
+        table.writerows(rows)
+    return folder / "pairs.csv"
+
+
+@pytest.fixture(scope="session")
+def study_csv(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("study"))
+
+
+def arguments(csv_file: Path, folder: Path, *more: str) -> list[str]:
+    """Command-line words of a tiny run that writes below `folder`."""
+    return [*TINY, "--data_root", str(csv_file), "--checkpoint_dir", str(folder / "checkpoints"), "--result_dir",
+            str(folder / "results"), "--cache_dir", str(folder / "cache"), *more]
+
+
+def run_program(*words: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`python main.py` with these words in a child process."""
+    return subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "2"})

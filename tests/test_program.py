@@ -1,0 +1,250 @@
+"""The program run for real on tiny pairs: train, continue, refine, and refuse."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from tests.conftest import ROOT, SIZES, arguments, run_program, write_pairs
+
+
+@pytest.fixture(scope="module")
+def trained(study_csv, tmp_path_factory) -> Path:
+    """A folder with a finished stage 1 and stage 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    first = run_program(*arguments(study_csv, folder))
+    assert first.returncode == 0, first.stderr
+    second = run_program(*refine_arguments(study_csv, folder))
+    assert second.returncode == 0, second.stderr
+    (folder / "stage1.txt").write_text(first.stdout)
+    (folder / "stage2.txt").write_text(second.stdout)
+    return folder
+
+
+def refine_arguments(csv_file: Path, folder: Path, *more: str) -> list[str]:
+    return arguments(csv_file, folder, "--refine", "--resume_path", str(folder / "checkpoints/best_model.pth"), *more)
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints hold bit-identical values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_stage_1_leaves_what_the_readme_promises(trained):
+    said = (trained / "stage1.txt").read_text()
+    for word in ("device", "6 pairs", "fmri 12x13x11, dmri 16x17x14", "million parameters", "base_channels = 8"):
+        assert word in said
+    for name in ("best_model.pth", "last_model.pth"):
+        assert weights(trained / "checkpoints" / name)["stage"] == "stage 1"
+    picture = Image.open(next((trained / "results/stage1").glob("step_*.png")))
+    assert np.asarray(picture).std() > 10
+    rows = list(csv.DictReader(open(trained / "results/stage1/log.csv")))
+    assert [row["kind"] for row in rows].count("training") == weights(trained / "checkpoints/last_model.pth")["step"]
+    assert all(np.isfinite(float(row["x0_error"])) for row in rows if row["kind"] == "validation")
+
+
+def test_sampled_volumes_have_the_geometry_of_their_modality(trained, study_csv):
+    sampled = sorted((trained / "results/stage1/samples").rglob("*.nii.gz"))
+    assert len(sampled) == 4  # one subject: two modalities, translated and joint
+    for path in sampled:
+        subject, modality = path.name.split("_")[:2]
+        reference = nib.load(study_csv.parent / f"{subject}_space-MNI_{modality}.nii.gz")
+        image = nib.load(path)
+        assert image.shape == SIZES[modality]
+        np.testing.assert_allclose(image.affine, reference.affine, atol=1e-5)
+        assert np.isfinite(image.get_fdata()).all()
+
+
+def test_stage_2_reports_on_test_subjects(trained):
+    rows = list(csv.DictReader(open(trained / "results/refine/metrics.csv")))
+    split = {row["subject"]: row["role"] for row in csv.DictReader(open(trained / "results/refine/split.csv"))}
+    assert {split[row["subject"]] for row in rows} == {"test"}
+    assert {row["direction"] for row in rows} == {"fmri->dmri", "dmri->fmri"}
+    assert {row["volume"] for row in rows} == {"refined", "coarse", "mean"}  # the grids differ: no copy of the source
+    assert {row["region"] for row in rows} == {"volume", "brain", "pattern"}
+    assert all(0 < float(row["psnr"]) < 60 and -1 <= float(row["ssim"]) <= 1 for row in rows)
+    assert "95 % interval" in (trained / "stage2.txt").read_text()
+    saved = weights(trained / "checkpoints/best_refine.pth")
+    assert saved["stage"] == "stage 2" and saved["backbone"]["stage"] == "stage 1"
+
+
+def test_a_finished_run_says_so(trained, study_csv):
+    for words in (arguments(study_csv, trained), refine_arguments(study_csv, trained)):
+        again = run_program(*words)
+        assert again.returncode == 0 and "is finished" in again.stdout
+
+
+def test_another_run_is_refused_and_left_alone(trained, study_csv):
+    before = (trained / "checkpoints/last_model.pth").read_bytes()
+    refused = run_program(*arguments(study_csv, trained, "--learning_rate", "0.5"))
+    assert refused.returncode == 2
+    assert "learning_rate" in refused.stderr and "checkpoint_dir" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert (trained / "checkpoints/last_model.pth").read_bytes() == before
+
+
+def test_another_result_folder_is_left_alone(trained, study_csv, tmp_path):
+    words = arguments(study_csv, trained, "--checkpoint_dir", str(tmp_path / "elsewhere"))
+    refused = run_program(*words)
+    assert refused.returncode == 2 and "result_dir" in refused.stderr
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stopped_and_continued_equals_never_stopped(trained, study_csv, tmp_path, stage):
+    """Stopped by --max_steps in the middle of an epoch is another schedule, so the stop is a signal."""
+    def words(folder):
+        if stage == 1:
+            return arguments(study_csv, folder)
+        return arguments(study_csv, folder, "--refine", "--resume_path", str(trained / "checkpoints/best_model.pth"))
+
+    name = "last_model.pth" if stage == 1 else "last_refine.pth"
+    child = subprocess.Popen([sys.executable, "main.py", *words(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+    log = tmp_path / ("results/stage1/log.csv" if stage == 1 else "results/refine/log.csv")
+    while child.poll() is None and not (log.exists() and "training" in log.read_text()):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    said, errors = child.communicate(timeout=60)
+    assert child.returncode == 3, errors
+    assert "the same command continues" in said
+    stopped = weights(tmp_path / "checkpoints" / name)["step"]
+    whole = weights(trained / "checkpoints" / name)
+    assert 0 < stopped < whole["step"]
+    again = run_program(*words(tmp_path))
+    assert again.returncode == 0 and f"after step {stopped}" in again.stdout, again.stderr
+    continued = weights(tmp_path / "checkpoints" / name)
+    for part in ("model", "ema", "optimiser", "step", "best"):
+        assert same(continued[part], whole[part]), part
+
+
+def test_wrong_image_size_is_one_message(study_csv, tmp_path):
+    refused = run_program(*arguments(study_csv, tmp_path, "--image_size", "fmri=12x13x12", "dmri=16x17x14"))
+    assert refused.returncode == 2
+    for word in ("sub-01_space-MNI_fmri.nii.gz", "12x13x11", "12x13x12", "opt.image_size", "--image_size fmri=12x13x11"):
+        assert word in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_resampling_takes_any_size(study_csv, tmp_path, capsys):
+    words = arguments(study_csv, tmp_path, "--image_size", "fmri=11x11x12", "dmri=14x14x14", "--resize", "resample",
+                      "--max_steps", "2")
+    assert main.main(words) == 0
+    for path in (tmp_path / "results/stage1/samples").rglob("*_joint.nii.gz"):
+        assert nib.load(path).shape == SIZES[path.name.split("_")[1]]  # back on the native grid
+
+
+def refusal(capsys, words: list[str]) -> str:
+    assert main.main(words) == 2
+    return capsys.readouterr().err
+
+
+def test_refinement_needs_a_backbone(study_csv, tmp_path, capsys):
+    assert "resume_path" in refusal(capsys, arguments(study_csv, tmp_path, "--refine"))
+    message = refusal(capsys, arguments(study_csv, tmp_path, "--refine", "--resume_path", str(tmp_path / "none.pth")))
+    assert "none.pth" in message and "no such checkpoint" in message
+
+
+def test_refinement_refuses_a_backbone_of_another_split(trained, study_csv, tmp_path, capsys):
+    words = refine_arguments(study_csv, trained, "--fold", "1", "--checkpoint_dir", str(tmp_path / "c"))
+    message = refusal(capsys, words)
+    assert "fold: 0 there, 1 now" in message and "split" in message
+
+
+def test_stage_1_refuses_a_stage_2_checkpoint(trained, study_csv, tmp_path, capsys):
+    words = arguments(study_csv, tmp_path, "--resume_path", str(trained / "checkpoints/best_refine.pth"))
+    assert "stage 2" in refusal(capsys, words)
+
+
+def test_stage_2_continues_from_its_own_checkpoint_alone(trained, study_csv, tmp_path, capsys):
+    """best_refine.pth holds all that is needed: its backbone's file is not read."""
+    words = arguments(study_csv, tmp_path, "--refine", "--resume_path", str(trained / "checkpoints/best_refine.pth"),
+                      "--refine_epochs", "4")
+    assert main.main(words) == 0
+    assert (tmp_path / "results/refine/metrics.csv").exists()
+
+
+class Malicious:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_damaged_or_malicious_checkpoints_run_no_code(trained, study_csv, tmp_path, capsys):
+    for name, content in (("empty.pth", b""), ("page.pth", b"<html></html>"),
+                          ("pickle.pth", pickle.dumps(Malicious(tmp_path / "owned")))):
+        (tmp_path / name).write_bytes(content)
+    torch.save({"format": 1, "stage": Malicious(tmp_path / "owned")}, tmp_path / "torch.pth")
+    whole = (trained / "checkpoints/best_model.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[:-1000])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(flipped)
+    for name in ("empty", "page", "pickle", "torch", "cut", "flipped"):
+        message = refusal(capsys, refine_arguments(study_csv, tmp_path, "--resume_path", str(tmp_path / f"{name}.pth")))
+        assert f"{name}.pth" in message, name
+    assert not (tmp_path / "owned").exists()
+
+
+def test_output_folder_that_cannot_be_written(study_csv, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = refusal(capsys, arguments(study_csv, tmp_path, "--checkpoint_dir", str(tmp_path / "file" / "below")))
+    assert "checkpoint_dir" in message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(study_csv, tmp_path, capsys, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "pattern_aware_loss", lambda prediction, *_, **__: prediction.sum() * float("nan"))
+    message = refusal(capsys, arguments(study_csv, tmp_path, "--epochs", "9"))
+    assert "not finite" in message and "sub-0" in message
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "checkpoints/last_model.pth")["model"].values())
+
+
+def test_one_subject_and_one_fold(tmp_path, capsys):
+    """The published configuration in small: late fusion, shared timesteps, epsilon, native space, everything in all folds."""
+    table = write_pairs(tmp_path / "one", subjects=1, name="{}_{}.nii.gz")
+    words = arguments(table, tmp_path, "--preset", "paper", "--folds", "1", "--max_steps", "2", "--attention_tokens", "600")
+    assert main.main(words) == 0
+    said = capsys.readouterr().out
+    assert "scores say nothing about new subjects" in said and "MNI space" in said
+    assert main.main(refine_arguments(table, tmp_path, "--preset", "paper", "--folds", "1", "--max_steps", "2")) == 0
+    assert "test pairs" in capsys.readouterr().out
+
+
+def test_same_seed_same_losses_and_a_golden_value(study_csv, tmp_path):
+    """T7, and a loss that must not drift unnoticed: float32 on the CPU, two steps of the tiny configuration."""
+    logs = []
+    for name in ("a", "b"):
+        assert main.main(arguments(study_csv, tmp_path / name, "--max_steps", "2")) == 0
+        logs.append([row["loss"] for row in csv.DictReader(open(tmp_path / name / "results/stage1/log.csv")) if row["loss"]])
+    assert logs[0] == logs[1]
+    np.testing.assert_allclose([float(loss) for loss in logs[0]], GOLDEN, rtol=2e-3)
+
+
+GOLDEN = [0.0, 0.0]
