@@ -120,7 +120,7 @@ class Options:
     def image_sizes(self) -> dict[str, tuple[int, int, int]]:
         """`image_size` spelt out: modality -> (X, Y, Z) in voxels. Raises OptionError where it is none of its forms."""
         size, names = self.image_size, tuple(self.modalities)
-        if isinstance(size, (tuple, list)) and len(size) == 2:
+        if isinstance(size, (tuple, list)) and len(size) == 2 and any(isinstance(n, (tuple, list)) for n in size):
             size = dict(zip(names, size))
         if not isinstance(size, dict):
             size = {name: size for name in names}

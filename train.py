@@ -119,6 +119,7 @@ def train(opt, study: Study, device: torch.device) -> bool:
     """Train until the end or until asked to stop; returns whether the run is finished."""
     torch.manual_seed(opt.seed)
     network = DualModalUNet(study.sizes, **opt.network_arguments()).to(device)
+    network.set_means(study.mean_volumes())
     members = study.roles["train"]
     steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.epochs, len(members))
     ema = EMA(network, opt.ema_decay)

@@ -97,7 +97,7 @@ def fit_blend(network: RefineNet, study: Study, coarse: CoarseVolumes) -> None:
     for source, target in network.directions:
         made = coarse.volumes(source, target, members)
         candidates = [made, resize_to(truth[source], made.shape[2:])]
-        network.nets[f"{source}_to_{target}"].blend.copy_(blend_weights(truth[target], candidates))
+        network.direction(source, target).blend.copy_(blend_weights(truth[target], candidates))
 
 
 def refinement_losses(network: RefineNet, work: Refinement, batch: list[int],
@@ -204,6 +204,7 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     backbone_hash = content_hash(backbone.network)
     torch.manual_seed(opt.seed)
     network = RefineNet(study.sizes, **opt.network_arguments()).to(device)
+    network.set_means(study.mean_volumes())
     members = study.roles["train"]
     steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.refine_epochs, len(members))
     facts = model_facts(opt, study)

@@ -5,6 +5,7 @@ Intensities: `normalise` maps the range between two percentiles to [-1, 1]; `to_
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +15,10 @@ from scipy.ndimage import affine_transform
 
 PERCENTILES = (0.1, 99.9)  # of all voxels: the intensities that become -1 and +1
 SHELL_TOLERANCE = 50.0  # s/mm^2: b-values up to this count as b0
+
+
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError,
+              nib.spatialimages.HeaderDataError)
 
 
 class VolumeError(ValueError):
@@ -32,7 +37,7 @@ def read_volume(path: Path, reduce: str = "mean") -> tuple[np.ndarray, np.ndarra
         shape, voxels = image.shape, np.asarray(image.dataobj, dtype=np.float32)
     except FileNotFoundError:
         raise VolumeError(f"{path}: there is no such file; correct the path in the manifest") from None
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except UNREADABLE as error:
         raise VolumeError(f"{path}: cannot be read as NIfTI ({_one_line(error)}); "
                           "fetch or convert the file again") from error
     while voxels.ndim > 3 and voxels.shape[-1] == 1:

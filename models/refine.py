@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import permutations
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.layers import resize_to
-from models.unet import DirectionNet
+from models.unet import TwoDirections
 
 
-class RefineNet(nn.Module):
+class RefineNet(TwoDirections):
     """One DirectionNet without timestep per direction: the source goes through the body, the coarse volume to the output.
 
     The residual path starts from a fixed linear blend of the coarse volume, the source (resampled to the target's grid)
@@ -19,17 +17,13 @@ class RefineNet(nn.Module):
     """
 
     def __init__(self, sizes: dict[str, tuple[int, int, int]], **network):
-        super().__init__()
-        self.directions = tuple(permutations(sizes, 2))  # (source, target)
-        self.nets = nn.ModuleDict()
-        for source, target in self.directions:
-            net = DirectionNet(sizes[source], 0, **network)
-            net.register_buffer("blend", torch.tensor([1.0, 0.0, 0.0]))  # of coarse, source, constant
-            self.nets[f"{source}_to_{target}"] = net
+        super().__init__(sizes, timesteps=0, **network)
+        for source, target in self.directions:  # weights of coarse, source, constant
+            self.direction(source, target).register_buffer("blend", torch.tensor([1.0, 0.0, 0.0]))
 
     def forward(self, source: str, target: str, volume: Tensor, coarse: Tensor) -> Tensor:
         """Refine one direction: source volume (B, 1, Xs, Ys, Zs) and coarse target (B, 1, Xt, Yt, Zt) -> target."""
-        net = self.nets[f"{source}_to_{target}"]
+        net = self.direction(source, target)
         weights = net.blend
         start = weights[0] * coarse + weights[1] * resize_to(volume, coarse.shape[2:]) + weights[2]
         return start + net(volume, coarse)

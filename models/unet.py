@@ -65,12 +65,13 @@ class UNet(nn.Module):
 class DirectionNet(nn.Module):
     """source (B, 1, Xs, Ys, Zs), target (B, 1, Xt, Yt, Zt), timesteps -> (B, 1, Xt, Yt, Zt).
 
-    fusion "early" also gives the body the target, resampled to the source's grid. timesteps: how many the network is
+    The buffer `mean`, the target's mean training volume, goes into the body and the target's stem beside their inputs:
+    scans of a study show the same body part in about the same place, which convolutions alone cannot know. fusion "early" also gives the body the target, resampled to the source's grid. timesteps: how many the network is
     told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps, the noisy target is also added to
     the output with a learned gain per timestep: the noise need not be carried through the convolutions.
     """
 
-    def __init__(self, source_size: tuple[int, ...], timesteps: int, *, channels: int, depth: int, blocks: int,
+    def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], timesteps: int, *, channels: int, depth: int, blocks: int,
                  patch: int, fusion: str, attention_tokens: int, dropout: float):
         super().__init__()
         self.patch, self.early, self.channels = patch, fusion == "early", channels
@@ -78,9 +79,10 @@ class DirectionNet(nn.Module):
         self.embed = nn.ModuleList(nn.Sequential(nn.Linear(2 * channels, emb_channels), nn.SiLU(),
                                                  nn.Linear(emb_channels, emb_channels)) for _ in range(timesteps))
         grid = tuple(-(-n // patch) for n in source_size)
-        self.body = UNet(patch**3 * (2 if self.early else 1), channels, depth, blocks, emb_channels, grid,
+        self.register_buffer("mean", torch.zeros(1, 1, *target_size))
+        self.body = UNet(patch**3 * (3 if self.early else 2), channels, depth, blocks, emb_channels, grid,
                          attention_tokens, dropout)
-        self.target_stem = nn.Conv3d(patch**3, channels, 3, padding=1)
+        self.target_stem = nn.Conv3d(2 * patch**3, channels, 3, padding=1)
         self.output = ResBlock(2 * channels, channels, emb_channels, dropout)
         self.norm = nn.GroupNorm(8, channels)
         self.head = nn.Conv3d(channels, patch**3, 3, padding=1)
@@ -92,11 +94,10 @@ class DirectionNet(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor, *t: Tensor) -> Tensor:
         emb = sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t)) if t else None
-        inputs = [to_patches(source, self.patch)]
-        if self.early:
-            inputs.append(to_patches(resize_to(target, source.shape[2:]), self.patch))
-        features = self.body(torch.cat(inputs, dim=1), emb)
-        stem = self.target_stem(to_patches(target, self.patch))
+        known = torch.cat([target, self.mean.expand_as(target)], dim=1)  # (B, 2, Xt, Yt, Zt)
+        at_source = resize_to(known if self.early else known[:, 1:], source.shape[2:])
+        features = self.body(to_patches(torch.cat([source, at_source], dim=1), self.patch), emb)
+        stem = self.target_stem(to_patches(known, self.patch))
         h = self.output(torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1), emb)
         h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
         if self.gain is not None:
@@ -104,7 +105,25 @@ class DirectionNet(nn.Module):
         return h
 
 
-class DualModalUNet(nn.Module):
+class TwoDirections(nn.Module):
+    """One DirectionNet per direction between two modalities; sizes: modality -> (X, Y, Z)."""
+
+    def __init__(self, sizes: dict[str, tuple[int, int, int]], timesteps: int, **network):
+        super().__init__()
+        self.directions = tuple(permutations(sizes, 2))  # (source, target)
+        self.nets = nn.ModuleDict({f"{source}_to_{target}": DirectionNet(sizes[source], sizes[target], timesteps, **network)
+                                   for source, target in self.directions})
+
+    def direction(self, source: str, target: str) -> DirectionNet:
+        return self.nets[f"{source}_to_{target}"]
+
+    def set_means(self, means: dict[str, Tensor]) -> None:
+        """Give every direction its target's mean training volume, (1, 1, X, Y, Z)."""
+        for source, target in self.directions:
+            self.direction(source, target).mean.copy_(means[target])
+
+
+class DualModalUNet(TwoDirections):
     """The dual-modal model of stage 1: one DirectionNet per direction.
 
     xt: {modality: (B, 1, X, Y, Z)} noisy volumes; t: {modality: (B,)}; returns {modality: prediction} for `targets`
@@ -113,12 +132,9 @@ class DualModalUNet(nn.Module):
     """
 
     def __init__(self, sizes: dict[str, tuple[int, int, int]], **network):
-        super().__init__()
-        self.directions = tuple(permutations(sizes, 2))  # (source, target)
-        self.nets = nn.ModuleDict({f"{source}_to_{target}": DirectionNet(sizes[source], 2, **network)
-                                   for source, target in self.directions})
+        super().__init__(sizes, timesteps=2, **network)
 
     def forward(self, xt: dict[str, Tensor], t: dict[str, Tensor],
                 targets: Collection[str] | None = None) -> dict[str, Tensor]:
-        return {target: self.nets[f"{source}_to_{target}"](xt[source], xt[target], t[source], t[target])
+        return {target: self.direction(source, target)(xt[source], xt[target], t[source], t[target])
                 for source, target in self.directions if targets is None or target in targets}

@@ -1,0 +1,179 @@
+"""Networks, losses, EMA and the optimiser: shapes, starting points and known answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.layers import Attention, from_patches, timestep_embedding, to_patches
+from models.losses import blend_weights, microstructure_loss, pattern_aware_loss, tissue_loss, x0_error
+from models.refine import RefineNet
+from models.unet import DualModalUNet
+from utils.ema import EMA
+from utils.optimise import Optimiser, StopRequest, TrainingError, use_bfloat16
+
+SIZES = {"a": (11, 14, 13), "b": (17, 12, 15)}
+NETWORK = {"channels": 8, "depth": 3, "blocks": 2, "patch": 1, "fusion": "early", "attention_tokens": 500, "dropout": 0.0}
+
+
+@pytest.mark.parametrize("fusion", ["late", "early"])
+@pytest.mark.parametrize("patch", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_any_grid_works_and_every_weight_learns(fusion, patch, depth):
+    torch.manual_seed(0)
+    net = DualModalUNet(SIZES, **{**NETWORK, "fusion": fusion, "patch": patch, "depth": depth})
+    x = {name: torch.randn(2, 1, *size) for name, size in SIZES.items()}
+    t = {name: torch.tensor([3, 700]) for name in SIZES}
+    assert all((out == 0).all() for out in net(x, t).values())  # the last layers start at zero
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        out = net(x, t)
+        assert {name: each.shape for name, each in out.items()} == {name: each.shape for name, each in x.items()}
+        sum((out[name] - x[name]).square().mean() for name in out).backward()
+        optimiser.step()
+        grads = {name: p.grad.abs().sum().item() for name, p in net.named_parameters()}
+        optimiser.zero_grad()
+    assert [name for name, size in grads.items() if size == 0] == []
+
+
+def test_only_the_wanted_direction_is_computed():
+    net = DualModalUNet(SIZES, **NETWORK)
+    x = {name: torch.randn(1, 1, *size) for name, size in SIZES.items()}
+    assert set(net(x, {name: torch.tensor([0]) for name in SIZES}, {"b"})) == {"b"}
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4])
+def test_patches_there_and_back(patch):
+    x = torch.randn(2, 3, 5, 8, 7)
+    folded = to_patches(x, patch)
+    assert folded.shape == (2, 3 * patch**3, *(math.ceil(n / patch) for n in (5, 8, 7)))
+    assert torch.equal(from_patches(folded, patch, x.shape[2:]), x)
+
+
+def test_timestep_embedding_tells_timesteps_apart():
+    every = timestep_embedding(torch.arange(1001), 32)
+    assert every.shape == (1001, 32)
+    assert torch.cdist(every, every).fill_diagonal_(9).min() > 1e-2
+
+
+def test_attention_ignores_the_order_of_positions():
+    attention = Attention(16)
+    nn.init.normal_(attention.out.weight)
+    x = torch.randn(1, 16, 4, 3, 2)
+    torch.testing.assert_close(attention(x.flip(2)), attention(x).flip(2), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_only_where_tokens_are_few():
+    net = DualModalUNet(SIZES, **NETWORK)
+    kinds = [type(each).__name__ for each in net.direction("a", "b").body.attend]
+    assert kinds == ["Identity", "Attention", "Attention"]  # 2002, 294 and 48 positions; never on the finest level
+
+
+def test_pattern_aware_loss():
+    prediction, target = torch.zeros(2, 1, 2, 2, 2), torch.ones(2, 1, 2, 2, 2)
+    mask = torch.zeros(2, 1, 2, 2, 2)
+    mask[:, :, 0] = 1
+    assert pattern_aware_loss(prediction, target, mask, 0.0) == 1
+    assert pattern_aware_loss(prediction, target, mask, 1.0) == 1.5
+    target[1] = 3
+    assert pattern_aware_loss(prediction, target, mask, 1.0, counts=torch.tensor([0.0, 1.0])) == 4.5
+    assert pattern_aware_loss(prediction, target, mask, 1.0, counts=torch.zeros(2)) == 0
+
+
+def test_tissue_and_microstructure_losses():
+    truth = torch.randn(2, 1, 6, 5, 4)
+    mask = torch.zeros_like(truth)
+    assert tissue_loss(truth, truth, mask, 1.0) == 0 and microstructure_loss(truth, truth) == 0
+    assert tissue_loss(truth + 0.5, truth, mask, 1.0).item() == pytest.approx(0.75)
+    assert microstructure_loss(truth + 0.5, truth).item() == pytest.approx(0.5, rel=1e-5)  # values differ, gradients do not
+    averaging_out = torch.tensor([1.0, -1.0]).repeat(3, 5, 2).expand(2, 1, 3, 5, 4)
+    ramp = torch.linspace(0, 1, 4).expand(2, 1, 3, 5, 4)
+    assert microstructure_loss(averaging_out, 0 * averaging_out) > microstructure_loss(ramp, 0 * ramp)
+    assert x0_error(truth + 0.25, truth).tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_blend_weights_find_the_mixture():
+    a, b = torch.randn(2, 1, 5, 5, 5), torch.randn(2, 1, 5, 5, 5)
+    torch.testing.assert_close(blend_weights(0.7 * a - 0.2 * b + 0.1, [a, b]), torch.tensor([0.7, -0.2, 0.1]), atol=1e-4,
+                               rtol=0)
+
+
+def test_refinement_starts_from_the_blend():
+    net = RefineNet(SIZES, **NETWORK)
+    source, coarse = torch.randn(1, 1, *SIZES["a"]), torch.randn(1, 1, *SIZES["b"])
+    assert torch.equal(net("a", "b", source, coarse), coarse)
+    net.direction("a", "b").blend.copy_(torch.tensor([0.5, 0.0, 0.25]))
+    torch.testing.assert_close(net("a", "b", source, coarse), 0.5 * coarse + 0.25)
+
+
+def test_the_mean_volume_reaches_the_output():
+    torch.manual_seed(0)
+    net = DualModalUNet(SIZES, **NETWORK)
+    x, t = {name: torch.randn(1, 1, *size) for name, size in SIZES.items()}, {name: torch.tensor([5]) for name in SIZES}
+    for direction in net.directions:
+        nn.init.normal_(net.direction(*direction).head.weight)
+    before = net(x, t)
+    net.set_means({name: torch.ones(1, 1, *size) for name, size in SIZES.items()})
+    assert all(not torch.allclose(before[name], after) for name, after in net(x, t).items())
+
+
+def test_ema_warms_up_and_copies_buffers():
+    model = nn.BatchNorm1d(2)
+    ema = EMA(model, 0.9)
+    with torch.no_grad():
+        model.weight.fill_(11.0)
+        model.running_mean.fill_(5.0)
+    ema.update(model)
+    torch.testing.assert_close(ema.model.weight, torch.full((2,), 1 + 10 * (1 - 2 / 11)))
+    assert (ema.model.running_mean == 5).all()
+    for _ in range(200):
+        ema.update(model)
+    torch.testing.assert_close(ema.model.weight, torch.full((2,), 11.0))
+
+
+def optimiser(**changes) -> tuple[nn.Linear, Optimiser]:
+    model = nn.Linear(2, 1)
+    return model, Optimiser(model, **{"learning_rate": 0.1, "warmup_steps": 4, "total_steps": 14, "gradient_clip": 1.0,
+                                      **changes})
+
+
+def test_learning_rate_warms_up_and_decays():
+    _, steps = optimiser()
+    rates = [steps.rate(step) for step in range(15)]
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert rates[9] == pytest.approx(0.05) and rates[14] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(rates[4:-1], rates[5:]))
+
+
+def test_a_step_that_is_not_finite_is_not_taken():
+    model, steps = optimiser()
+    before = model.weight.clone()
+    for _ in range(4):
+        steps.update(model(torch.ones(1, 2)).sum() * float("inf"), 3, ["sub-1"])
+    assert torch.equal(model.weight, before)
+    steps.update(model(torch.ones(1, 2)).sum(), 4, ["sub-1"])
+    assert not torch.equal(model.weight, before) and steps.bad_in_a_row == 0
+    with pytest.raises(TrainingError, match="step 9.*sub-7"):
+        for _ in range(5):
+            steps.update(model(torch.ones(1, 2)).sum() * float("nan"), 9, ["sub-7"])
+
+
+def test_gradients_are_clipped():
+    _, steps = optimiser()
+    norm = steps.update(nn.functional.linear(torch.full((1, 2), 100.0), steps.parameters[0]).sum(), 0, [])
+    assert norm > 100
+
+
+def test_stop_after_some_minutes():
+    with StopRequest(1e-9) as stop:
+        assert stop and "max_minutes" in stop.reason
+    assert not StopRequest(0)
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert use_bfloat16("bf16", cpu) and not use_bfloat16("fp32", cpu)
+    assert isinstance(use_bfloat16("auto", cpu), bool)

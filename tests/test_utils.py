@@ -1,0 +1,229 @@
+"""Settings, command line, metrics, figures, logs and checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from torch import nn
+
+import opt as settings
+from opt import OptionError, Options, paper, small
+from tests.conftest import run_program
+from utils.arguments import comments, parse_arguments
+from utils.checkpoint import Checkpoint, CheckpointError, content_hash, read_checkpoint, refuse_another_run
+from utils.figures import Panel, save_grid, spacing_of
+from utils.logger import Log, LogError
+from utils.metrics import brain_region, paired_gain, score, summary, write_metrics
+
+# ---- settings
+
+
+def test_both_presets_are_valid():
+    small().validate()
+    paper().validate()
+    published = paper()
+    assert published.image_sizes() == {"fmri": (64, 64, 36), "dmri": (96, 96, 60)}
+    assert (published.base_channels, published.unet_depth, published.timesteps, published.epochs) == (64, 4, 1000, 300)
+    assert (published.learning_rate, published.refine_learning_rate) == (1e-6, 1e-5)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("lerning_rate", 1.0, ["opt.lerning_rate", "did you mean opt.learning_rate?"]),
+    ("epochs", 2.5, ["opt.epochs = 2.5", "int"]),
+    ("epochs", True, ["opt.epochs = True", "int"]),
+    ("epochs", 0, ["opt.epochs = 0", "at least 1"]),
+    ("learning_rate", float("nan"), ["opt.learning_rate = nan"]),
+    ("fusion", "middle", ["opt.fusion = 'middle'", "late, early"]),
+    ("image_size", (64, 64), ["opt.image_size", "each axis at least 11"]),
+    ("image_size", {"t1": 64, "t2": 64}, ["t1, t2", "opt.modalities"]),
+    ("image_size", "big", ["opt.image_size"]),
+    ("modalities", ("fmri", "fmri"), ["opt.modalities", "two different names"]),
+    ("fold", 5, ["opt.fold = 5", "0 .. 4"]),
+    ("sampling_steps", 2000, ["opt.sampling_steps = 2000", "1000"]),
+    ("reduce", "sum", ["opt.reduce = 'sum'", "choose from b0"]),
+    ("reduce", {"fmri": "mean"}, ["opt.reduce"]),
+    ("base_channels", 20, ["opt.base_channels = 20", "multiple of 8"]),
+    ("refine", True, ["opt.refine = True", "best_model.pth"]),
+    ("device", "tpu", ["opt.device = 'tpu'"])])
+def test_what_cannot_work_is_refused_with_option_value_and_remedy(name, value, words):
+    chosen = small()
+    setattr(chosen, name, value)
+    with pytest.raises(OptionError) as refusal:
+        chosen.validate()
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_all_problems_are_told_at_once():
+    chosen = small()
+    chosen.fold, chosen.timesteps, chosen.sizes = 9, 1, 3
+    with pytest.raises(OptionError) as refusal:
+        chosen.validate()
+    assert len(str(refusal.value).splitlines()) == 4  # also sampling_steps, which is now above timesteps
+
+
+@pytest.mark.parametrize("size", [64, (64, 64, 64), {"fmri": 64, "dmri": (64, 64, 64)}, (64, (64, 64, 64))])
+def test_every_form_of_a_size(size):
+    assert dataclasses.replace(small(), image_size=size).image_sizes() == {"fmri": (64,) * 3, "dmri": (64,) * 3}
+
+
+def parse(*words: str, opt: Options | None = None) -> Options:
+    return parse_arguments(opt or small(), settings.PRESETS, list(words), "test")
+
+
+def test_every_setting_has_a_comment_and_an_option():
+    texts = comments(Options)
+    for each in dataclasses.fields(Options):
+        assert len(texts[each.name][1]) > 10, each.name
+        assert texts[each.name][0], each.name
+
+
+def test_the_command_line_goes_over_edits_over_the_preset():
+    edited = small()
+    edited.epochs, edited.seed = 7, 3
+    chosen = parse("--preset", "paper", "--seed", "4", opt=edited)
+    assert (chosen.epochs, chosen.seed, chosen.base_channels) == (7, 4, 64)
+    assert edited.seed == 3
+
+
+@pytest.mark.parametrize("words, name, value", [
+    (["--refine"], "refine", True), (["--no-refine"], "refine", False), (["--epochs", "3"], "epochs", 3),
+    (["--image_size", "64"], "image_size", 64), (["--image_size", "64", "64", "32"], "image_size", (64, 64, 32)),
+    (["--image_size", "64x64x32"], "image_size", (64, 64, 32)),
+    (["--image_size", "fmri=32x32x18", "dmri=48x48x30"], "image_size", {"fmri": (32, 32, 18), "dmri": (48, 48, 30)}),
+    (["--modalities", "t1", "flair"], "modalities", ("t1", "flair")), (["--reduce", "std"], "reduce", "std"),
+    (["--reduce", "fmri=mean", "dmri=b0"], "reduce", {"fmri": "mean", "dmri": "b0"})])
+def test_values_on_the_command_line(words, name, value):
+    assert getattr(parse(*words), name) == value
+
+
+def test_help_and_misspelt_words_in_the_program():
+    told = run_program("--help")
+    assert told.returncode == 0 and "passes over the training pairs" in told.stdout
+    for each in dataclasses.fields(Options):
+        assert f"--{each.name}" in told.stdout
+    wrong = run_program("--lerning_rate", "1")
+    assert wrong.returncode == 2 and "--lerning_rate" in wrong.stderr and "--learning_rate" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+# ---- metrics
+
+
+def test_scores_of_known_errors():
+    truth = np.random.default_rng(0).uniform(-0.5, 0.5, (14, 13, 12))
+    inside = np.zeros(truth.shape, bool)
+    inside[4:8] = True
+    candidate = np.where(inside, truth + 0.2, truth)
+    scores = score(candidate, truth, {"brain": inside, "pattern": np.zeros_like(inside)})
+    assert scores["brain"]["psnr"] == pytest.approx(20.0) and scores["brain"]["mae"] == pytest.approx(0.2)
+    assert scores["volume"]["psnr"] == pytest.approx(peak_signal_noise_ratio(truth, candidate, data_range=2))
+    assert "pattern" not in scores and scores["volume"]["ssim"] < 1
+    assert score(truth, truth, {})["volume"] == {"psnr": float("inf"), "ssim": pytest.approx(1), "mae": 0}
+    assert score(truth + 9, truth, {})["volume"]["mae"] == pytest.approx((1 - truth).mean())  # clipped to [-1, 1]
+
+
+def test_brain_region_is_one_part_without_holes():
+    volume = np.full((20, 20, 20), -1.0)
+    volume[4:16, 4:16, 4:16], volume[9:11, 9:11, 9:11], volume[0, 0, 0] = 0.5, -1, 1
+    region = brain_region(volume)
+    assert region.sum() == 12**3 and not region[0, 0, 0]
+
+
+def test_paired_gain():
+    gain, low, high = paired_gain(np.array([3.0, 4, 5, 6]), np.array([2.0, 2.5, 4, 5]))
+    assert gain == pytest.approx(1.125) and 1 <= low < gain < high <= 1.5
+    assert paired_gain(np.array([2.0]), np.array([1.0]))[0] == 1
+
+
+def test_metrics_file_and_table(tmp_path):
+    rows = [{"subject": f"s{n}", "direction": "a->b", "volume": volume, "region": "volume", "psnr": 20.0 + n + up,
+             "ssim": 0.8, "mae": 0.1} for n in range(4) for volume, up in (("refined", 2), ("mean", 0))]
+    write_metrics(tmp_path / "metrics.csv", rows)
+    with open(tmp_path / "metrics.csv") as file:
+        assert list(csv.DictReader(file))[0] == {"subject": "s0", "direction": "a->b", "volume": "refined",
+                                                 "region": "volume", "psnr": "22.00000", "ssim": "0.80000",
+                                                 "mae": "0.10000"}
+    assert "23.50 +-  1.12" in summary(rows) and "+2.00 dB" in summary(rows)
+
+
+# ---- pictures and logs
+
+
+def test_a_grid_shows_its_volumes_in_place(tmp_path):
+    bright, dark = np.ones((10, 12, 8)), -np.ones((10, 12, 8))
+    spacing = spacing_of(np.diag([2.0, 2, 3, 1]))
+    save_grid(tmp_path / "grid.png", "title", ["one", "two"],
+              [("a", [Panel(bright, spacing), Panel(dark, spacing)]), ("b", [Panel(dark, spacing, kind="error"), None])])
+    picture = np.asarray(Image.open(tmp_path / "grid.png").convert("L")).astype(int)
+    columns = picture[60:170].mean(axis=0)
+    middle = (len(columns) + 150) // 2
+    assert columns[160:260].mean() > 200 and columns[middle:].mean() < 10
+    assert [each.name for each in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_continued_log_drops_what_comes_again(tmp_path):
+    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 0, False)
+    for step in range(1, 6):
+        log.write("training", step, loss=step / 3)
+    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 3, True)
+    log.write("training", 4, loss=9.0)
+    with open(tmp_path / "log.csv") as file:
+        assert [(row["step"], row["loss"]) for row in csv.DictReader(file)][2:] == [("3", "1"), ("4", "9")]
+    with pytest.raises(LogError, match="result_dir"):
+        Log(tmp_path / "log.csv", ("kind", "step"), 0, False)
+
+
+# ---- checkpoints
+
+
+def checkpoint(value: float = 1.0) -> Checkpoint:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, value)
+    return Checkpoint("stage 1", {"model": model}, {"options": {"a": (1, 2)}, "fingerprints": {"data": "x"}}, 0.5)
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    run = checkpoint()
+    run.step = 12
+    run.save(tmp_path / "a.pth")
+    other = checkpoint(5.0)
+    other.load(read_checkpoint(tmp_path / "a.pth", ("stage 1",)))
+    assert other.step == 12 and content_hash(other.parts["model"]) == content_hash(run.parts["model"])
+    assert content_hash(checkpoint(5.0).parts["model"]) != content_hash(run.parts["model"])
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    run = checkpoint()
+    run.save(tmp_path / "a.pth")
+    before = (tmp_path / "a.pth").read_bytes()
+
+    def fails(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError):
+        run.save(tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_stage_format_or_run_is_refused(tmp_path):
+    checkpoint().save(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="is a checkpoint of stage 1, stage 2 is needed"):
+        read_checkpoint(tmp_path / "a.pth", ("stage 2",))
+    torch.save({"weights": 1}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="no checkpoint of this version"):
+        read_checkpoint(tmp_path / "other.pth", ("stage 1",))
+    saved = read_checkpoint(tmp_path / "a.pth", ("stage 1",))
+    refuse_another_run(tmp_path / "a.pth", saved, {"a": [1, 2]}, {"data": "x"})
+    with pytest.raises(CheckpointError) as refusal:
+        refuse_another_run(tmp_path / "a.pth", saved, {"a": (1, 3)}, {"data": "y"})
+    assert "a: (1, 2) there, (1, 3) now" in str(refusal.value) and "the data: not the same" in str(refusal.value)
