@@ -3,7 +3,8 @@
     python main.py                                                              stage 1
     python main.py --refine --resume_path ./checkpoints/best_model.pth          stage 2
 
-Exit status: 0 finished; 2 refused, with a message that says what to change; 3 stopped early, the same command continues.
+Exit status: 0 finished; 2 refused, with a message that says what to change; 3 stopped early: the same command
+continues.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ def read_study(opt) -> Study:
                   lambda each: tqdm(each, desc="reading volumes", unit="pair", disable=None))
     with_pattern = study.set_pattern(tuple(opt.pattern_networks), opt.pattern_radius, opt.space)
     if opt.pattern_weight and with_pattern < len(pairs):
-        print(f"note: {len(pairs) - with_pattern} of {len(pairs)} pairs are not known to be in MNI space; the loss weighs "
-              'no brain networks there (opt.space = "mni" if they are)')
+        print(f"note: {len(pairs) - with_pattern} of {len(pairs)} pairs are not known to be in MNI space; the loss "
+              'weighs no brain networks there (opt.space = "mni" if they are)')
     if opt.folds == 1:
-        print("note: opt.folds = 1: the subjects trained on are also validated and reported on; scores say nothing about "
-              "new subjects")
+        print("note: opt.folds = 1: the subjects trained on are also validated and reported on; scores say nothing "
+              "about new subjects")
     return study
 
 
@@ -78,7 +79,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise OptionError(f"opt.device = {name!r}: is no device; choose auto, cpu or cuda[:N]") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"opt.device = {name!r}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can use; "
+        raise OptionError(f"opt.device = {name!r}: PyTorch finds {torch.cuda.device_count()} GPUs on this machine; "
                           "choose auto or cpu")
     return device
 

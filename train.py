@@ -33,10 +33,10 @@ STAGE = "stage 1"
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
-FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes", "checkpoint_dir",
-                "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampling_steps", "eta", "device",
-                "refine_learning_rate", "refine_epochs", "microstructure_weight", "coarse", "coarse_samples",
-                "coarse_dropout"}
+FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
+                "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampling_steps",
+                "eta", "device", "refine_learning_rate", "refine_epochs", "microstructure_weight", "coarse",
+                "coarse_samples", "coarse_dropout"}
 
 
 def model_facts(opt, study: Study) -> dict:
@@ -69,6 +69,15 @@ def diffusion_loss(backbone: Backbone, opt, study: Study, batch: list[int], step
                                   opt.pattern_weight, counts=(t[name] > 0).float()) for name in x0) / len(x0)
 
 
+def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: Study, batch: list[int],
+               step: int) -> dict[str, float]:
+    """One step of the optimiser on both directions; returns what is logged."""
+    loss = diffusion_loss(backbone, opt, study, batch, step)
+    norm = optimiser.update(loss, step, [study.pairs[i].name for i in batch])
+    ema.update(backbone.network)
+    return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
+
+
 @torch.no_grad()
 def validate(backbone: Backbone, study: Study, seed: int, batch_size: int) -> float:
     """Unweighted mean absolute error in x0 on the validation subjects, with the same noise and timesteps every time.
@@ -77,12 +86,13 @@ def validate(backbone: Backbone, study: Study, seed: int, batch_size: int) -> fl
     """
     device, diffusion, errors = backbone.device, backbone.diffusion, []
     members = study.roles["validation"]
-    for time in VALIDATION_TIMES:
+    for fraction in VALIDATION_TIMES:
+        time = max(1, round(fraction * diffusion.timesteps))
         for start in range(0, len(members), batch_size):
             batch = members[start:start + batch_size]
             x0 = {name: volume.to(device) for name, volume in study.volumes(batch).items()}
-            noise = keyed_noise(study.sizes, *((seed, Purpose.VALIDATION, i, round(100 * time)) for i in batch))
-            t = {name: torch.full((len(batch),), max(1, round(time * diffusion.timesteps)), device=device) for name in x0}
+            noise = keyed_noise(study.sizes, *((seed, Purpose.VALIDATION, i, round(100 * fraction)) for i in batch))
+            t = {name: torch.full((len(batch),), time, device=device) for name in x0}
             xt = {name: diffusion.noisy(x0[name], noise[name].to(device), t[name]) for name in x0}
             for name, output in backbone(xt, t).items():
                 errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
@@ -128,7 +138,8 @@ def train(opt, study: Study, device: torch.device) -> bool:
     last, best = (Path(opt.checkpoint_dir) / name for name in ("last_model.pth", "best_model.pth"))
     continued = continue_run(run, last, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
     diffusion, bfloat16 = Diffusion(opt.timesteps, opt.prediction), use_bfloat16(opt.precision, device)
-    backbone, smooth = (Backbone(net, diffusion, opt.timestep_coupling, device, bfloat16) for net in (network, ema.model))
+    backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, bfloat16)
+                        for each in (network, ema.model))
     folder = Path(opt.result_dir) / "stage1"
     if run.step >= total:
         print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best:.4f}. To train longer, raise "
@@ -143,15 +154,12 @@ def train(opt, study: Study, device: torch.device) -> bool:
             for batch in batches[run.step % steps_per_epoch:]:
                 if stop or run.step >= total:
                     break
-                rate = optimiser.rate(run.step)
-                loss = diffusion_loss(backbone, opt, study, batch, run.step)
-                norm = optimiser.update(loss, run.step, [study.pairs[i].name for i in batch])
-                ema.update(network)
+                values = train_step(backbone, ema, optimiser, opt, study, batch, run.step)
                 run.step += 1
                 bar.update()
                 bar.set_description(f"stage 1, epoch {epoch + 1}/{opt.epochs}")
-                bar.set_postfix_str(f"loss {loss.item():.4f}")
-                log.write("training", run.step, epoch=epoch + 1, loss=loss.item(), gradient_norm=norm, learning_rate=rate)
+                bar.set_postfix_str(f"loss {values['loss']:.4f}")
+                log.write("training", run.step, epoch=epoch + 1, **values)
                 ended = run.step == total or run.step % steps_per_epoch == 0
                 if run.step == total or (ended and (epoch + 1) % opt.validate_every == 0):
                     error = validate(smooth, study, opt.seed, opt.batch_size)

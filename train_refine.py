@@ -41,9 +41,9 @@ COARSE_BATCH = 8  # samples drawn at once
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "tissue_loss", "microstructure_loss", "gradient_norm", "learning_rate",
                "psnr")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
-FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps", "max_minutes",
-                "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "device",
-                "learning_rate"}
+FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
+                "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
+                "device", "learning_rate"}
 # What must be the same in both stages, or subjects that the backbone was trained on would be tested on
 DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "folds", "fold", "validation_fraction", "seed")
 
@@ -56,8 +56,9 @@ class Refinement:
         self.device, self.bfloat16 = backbone.device, backbone.bfloat16
         sampler = (backbone_hash, opt.coarse, opt.coarse_samples, opt.sampling_steps, opt.eta, opt.seed, self.bfloat16,
                    study.fingerprint)
-        self.coarse = CoarseVolumes(Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24],
-                                    [pair.name for pair in study.pairs], backbone.network.directions)
+        key = hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
+        names = [pair.name for pair in study.pairs]
+        self.coarse = CoarseVolumes(Path(opt.cache_dir) / "coarse" / key, names, backbone.network.directions)
         self.coarse.prepare(self._sample_coarse, max(1, COARSE_BATCH // opt.coarse_samples),
                             lambda batches: tqdm(batches, desc="coarse volumes", unit="batch", disable=not batches))
         self.means = {name: volume.to(self.device) for name, volume in study.mean_volumes().items()}
@@ -121,6 +122,17 @@ def refinement_losses(network: RefineNet, work: Refinement, batch: list[int],
     return tissue, microstructure
 
 
+def train_step(network: RefineNet, ema: EMA, optimiser: Optimiser, work: Refinement, batch: list[int],
+               step: int) -> dict[str, float]:
+    """One step of the optimiser on both directions; returns what is logged."""
+    tissue, structure = refinement_losses(network, work, batch, step)
+    loss = tissue + work.opt.microstructure_weight * structure
+    norm = optimiser.update(loss, step, [work.study.pairs[i].name for i in batch])
+    ema.update(network)
+    return {"loss": loss.item(), "tissue_loss": tissue.item(), "microstructure_loss": structure.item(),
+            "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
+
+
 def validation_psnr(network: RefineNet, work: Refinement) -> float:
     """Mean PSNR in dB of the refined validation volumes over both directions."""
     members, values = work.study.roles["validation"], []
@@ -174,21 +186,22 @@ def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int)
 
 
 def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16: bool) -> Backbone:
-    """The frozen stage-1 model inside a checkpoint of either stage. Raises CheckpointError where the data do not match."""
+    """The frozen stage-1 model inside a checkpoint of either stage. Raises CheckpointError where the data differ."""
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
     refuse_another_run(Path(opt.resume_path), stage_1, {name: opt.resolved()[name] for name in DATA_OPTIONS},
                        {"data": study.fingerprint, "split": study.split_fingerprint})
     try:
         return Backbone.from_checkpoint(stage_1, device, bfloat16)
     except RuntimeError as error:
-        raise CheckpointError(f"{opt.resume_path}: its weights do not fit the network it describes ({error})") from error
+        raise CheckpointError(f"{opt.resume_path}: its weights do not fit its own network ({error})") from error
 
 
 class Kept:
     """A part of a checkpoint that never changes: the backbone's own facts and weights."""
 
     def __init__(self, state: dict):
-        self.state = {key: state[key] for key in ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges")}
+        facts = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges")
+        self.state = {key: state[key] for key in facts}
         self.state["ema"] = {"model": state["ema"]["model"]}
 
     def state_dict(self) -> dict:
@@ -229,17 +242,12 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
             for batch in batches[run.step % steps_per_epoch:]:
                 if stop or run.step >= total:
                     break
-                rate = optimiser.rate(run.step)
-                tissue, structure = refinement_losses(network, work, batch, run.step)
-                loss = tissue + opt.microstructure_weight * structure
-                norm = optimiser.update(loss, run.step, [study.pairs[i].name for i in batch])
-                ema.update(network)
+                values = train_step(network, ema, optimiser, work, batch, run.step)
                 run.step += 1
                 bar.update()
                 bar.set_description(f"stage 2, epoch {epoch + 1}/{opt.refine_epochs}")
-                bar.set_postfix_str(f"loss {loss.item():.4f}")
-                log.write("training", run.step, epoch=epoch + 1, loss=loss.item(), tissue_loss=tissue.item(),
-                          microstructure_loss=structure.item(), gradient_norm=norm, learning_rate=rate)
+                bar.set_postfix_str(f"loss {values['loss']:.4f}")
+                log.write("training", run.step, epoch=epoch + 1, **values)
                 ended = run.step == total or run.step % steps_per_epoch == 0
                 if run.step == total or (ended and (epoch + 1) % opt.validate_every == 0):
                     value = validation_psnr(ema.model, work)
@@ -259,7 +267,8 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     network.load_state_dict(read_checkpoint(best, (STAGE,))["ema"]["model"])
     rows = report(network, work)
     write_metrics(folder / "metrics.csv", rows)
-    print(f"\nStage 2 is finished: {total} steps, best validation PSNR {run.best:.2f} dB. On the {len(study.roles['test'])} "
-          f"test pairs:\n{summary(rows)}\nMetrics: {folder / 'metrics.csv'}. Pictures: {folder}. Model: {best}\n"
+    print(f"\nStage 2 is finished: {run.step} steps, best validation PSNR {run.best:.2f} dB. On the "
+          f"{len(study.roles['test'])} test pairs:\n{summary(rows)}\n"
+          f"Metrics: {folder / 'metrics.csv'}. Pictures: {folder}. Model: {best}\n"
           "To train longer, raise opt.refine_epochs.")
     return True

@@ -1,7 +1,7 @@
 """The demo: analytic brains as a small paired data set, written as a BIDS tree of real NIfTI files.
 
-Each subject has its own shape (axes, a smooth warp, gyri, ventricles, cortical thickness); the group label (NC, MCI, AD)
-thins the cortex inside the pattern networks and widens the ventricles. Two contrasts of the same anatomy: BOLD-like
+Each subject has its own shape (axes, a smooth warp, gyri, ventricles, cortical thickness); the group label (NC, MCI,
+AD) thins the cortex inside the pattern networks and widens the ventricles. Two contrasts of the same anatomy: BOLD-like
 (bright CSF, dark white matter, drop-out near the sinuses, four time points) and diffusion-like (dark CSF, bright white
 matter with tracts). `render(..., noise=False)` tells how far a perfect synthesis could get.
 
@@ -119,9 +119,8 @@ def _signal(subject: Anatomy, modality: str, points: np.ndarray, in_pattern: np.
 def _to_template(subject: Anatomy, points: np.ndarray) -> np.ndarray:
     """Subject's mm -> template's mm: axes about CENTRE and a smooth warp of 100 to 190 mm wavelength."""
     scaled = (points - CENTRE) / subject.axes
-    waves = 2 * np.pi / np.array([[190, 0, 0], [0, 170, 0], [0, 0, 150], [140, 140, 140]], dtype=float,
-                                 ).clip(1e-9, None)
-    waves[np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0]], dtype=bool)] = 0.0
+    directions = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
+    waves = 2 * np.pi / np.array([[190.0], [170.0], [150.0], [140.0]]) * directions
     angle = scaled @ waves.T  # (..., 4)
     shift = np.stack([(subject.warp[axis] * np.sin(angle + subject.warp_phase[axis])).sum(-1) for axis in range(3)], -1)
     return scaled + CENTRE + shift

@@ -78,7 +78,7 @@ class Study:
                 .float()[None, None] for name in self.modalities}
 
     def train_range(self, name: str) -> tuple[float, float]:
-        """Median over the training volumes of the intensities that became -1 and 1: the units of what is synthesised."""
+        """Medians over the training volumes of the intensities that became -1 and 1: the units of what is made."""
         low, high = np.median([self.ranges[name][i] for i in self.roles["train"]], axis=0)
         return float(low), float(high)
 
@@ -112,7 +112,8 @@ def cached_volume(path: Path, modality: str, reduce: str, size: tuple[int, int, 
         volume, low, high = normalise(volume, path)
         facts = {"low": low, "high": high, "affine": affine.tolist(), "crc": zlib.crc32(volume.tobytes())}
         replace_file(voxels_file, lambda file: np.save(file, volume))
-        replace_file(facts_file, lambda file: file.write(json.dumps(facts).encode()))  # last: its presence says all is there
+        # last: that the facts are there says that the voxels are
+        replace_file(facts_file, lambda file: file.write(json.dumps(facts).encode()))
     return np.load(voxels_file, mmap_mode="r"), json.loads(facts_file.read_text())
 
 

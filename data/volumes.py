@@ -98,7 +98,7 @@ def _one_line(error: Exception) -> str:
 
 
 def resample(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate a volume (X, Y, Z) linearly onto `size` voxels over the same field of view; returns it and its affine.
+    """Interpolate a volume (X, Y, Z) linearly onto `size` voxels over the same field of view; returns also its affine.
 
     Where the grid gets coarser, the volume is averaged over the new voxels first (three taps each way).
     """
@@ -138,7 +138,7 @@ def to_units(volume: np.ndarray, low: float, high: float) -> np.ndarray:
 def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray, reference: Path) -> None:
     """Write a RAS volume (X, Y, Z), whose RAS affine is given, as NIfTI in the frame of the file `reference`.
 
-    Shape, affine, spacing and codes equal the reference's; a volume that was resampled goes back to the reference's grid.
+    Shape, affine, spacing and codes equal the reference's; a volume that was resampled goes back to its native grid.
     """
     frame = nib.load(reference)
     image = nib.Nifti1Image(volume, affine)

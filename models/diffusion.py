@@ -124,7 +124,8 @@ class Diffusion:
         return {**x, **given}
 
 
-def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str], keys: list[tuple[int, ...]]) -> Volumes:
+def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str],
+                       keys: list[tuple[int, ...]]) -> Volumes:
     """{modality: (B,)} timesteps for one step of training; key: one per pair.
 
     "shared": one t for both. "independent": one each, and for a quarter of the draws per direction the source is given

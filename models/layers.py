@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
-    """Sinusoids of t (B,) -> (B, channels), wavelengths from 2 pi to 20,000 pi (Ho et al. 2020; Vaswani et al. 2017)."""
+    """Sinusoids of t (B,) -> (B, channels), wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(channels // 2, device=t.device) / (channels // 2))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -42,7 +42,7 @@ def from_patches(x: Tensor, patch: int, size: torch.Size) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with group normalisation, a shortcut, and (if emb_channels) a shift by the timestep embedding."""
+    """Two convolutions with group normalisation, a shortcut, and (if emb_channels) a shift by the embedded timestep."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float = 0.0):
         super().__init__()

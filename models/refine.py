@@ -10,10 +10,11 @@ from models.unet import TwoDirections
 
 
 class RefineNet(TwoDirections):
-    """One DirectionNet without timestep per direction: the source goes through the body, the coarse volume to the output.
+    """One DirectionNet without timestep per direction: the source through the body, the coarse volume to the output.
 
-    The residual path starts from a fixed linear blend of the coarse volume, the source (resampled to the target's grid)
-    and a constant (models/losses.py, blend_weights), so that copying what is right is free. sizes: modality -> (X, Y, Z).
+    The residual path starts from a fixed linear blend of the coarse volume, the source (resampled to the target's
+    grid) and a constant (models/losses.py, blend_weights), so that copying what is right is free.
+    sizes: modality -> (X, Y, Z).
     """
 
     def __init__(self, sizes: dict[str, tuple[int, int, int]], **network):

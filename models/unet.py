@@ -66,13 +66,15 @@ class DirectionNet(nn.Module):
     """source (B, 1, Xs, Ys, Zs), target (B, 1, Xt, Yt, Zt), timesteps -> (B, 1, Xt, Yt, Zt).
 
     The buffer `mean`, the target's mean training volume, goes into the body and the target's stem beside their inputs:
-    scans of a study show the same body part in about the same place, which convolutions alone cannot know. fusion "early" also gives the body the target, resampled to the source's grid. timesteps: how many the network is
-    told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps, the noisy target is also added to
-    the output with a learned gain per timestep: the noise need not be carried through the convolutions.
+    scans of a study show the same body part in about the same place, which convolutions alone cannot know.
+    fusion "early" also gives the body the target; what the body sees of it is resampled to the source's grid.
+    timesteps: how many the network is told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps,
+    the noisy target is also added to the output with a learned gain per timestep: the noise need not be carried through
+    the convolutions.
     """
 
-    def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], timesteps: int, *, channels: int, depth: int, blocks: int,
-                 patch: int, fusion: str, attention_tokens: int, dropout: float):
+    def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], timesteps: int, *, channels: int,
+                 depth: int, blocks: int, patch: int, fusion: str, attention_tokens: int, dropout: float):
         super().__init__()
         self.patch, self.early, self.channels = patch, fusion == "early", channels
         emb_channels = 4 * channels if timesteps else 0
@@ -93,7 +95,9 @@ class DirectionNet(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, source: Tensor, target: Tensor, *t: Tensor) -> Tensor:
-        emb = sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t)) if t else None
+        emb = None
+        if t:
+            emb = sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t))
         known = torch.cat([target, self.mean.expand_as(target)], dim=1)  # (B, 2, Xt, Yt, Zt)
         at_source = resize_to(known if self.early else known[:, 1:], source.shape[2:])
         features = self.body(to_patches(torch.cat([source, at_source], dim=1), self.patch), emb)
@@ -111,8 +115,9 @@ class TwoDirections(nn.Module):
     def __init__(self, sizes: dict[str, tuple[int, int, int]], timesteps: int, **network):
         super().__init__()
         self.directions = tuple(permutations(sizes, 2))  # (source, target)
-        self.nets = nn.ModuleDict({f"{source}_to_{target}": DirectionNet(sizes[source], sizes[target], timesteps, **network)
-                                   for source, target in self.directions})
+        self.nets = nn.ModuleDict({
+            f"{source}_to_{target}": DirectionNet(sizes[source], sizes[target], timesteps, **network)
+            for source, target in self.directions})
 
     def direction(self, source: str, target: str) -> DirectionNet:
         return self.nets[f"{source}_to_{target}"]

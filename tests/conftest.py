@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"fmri": (12, 13, 11), "dmri": (16, 17, 14)}
 SPACING = {"fmri": 14.0, "dmri": 11.0}
 TINY = ["--image_size", "fmri=12x13x11", "dmri=16x17x14", "--base_channels", "8", "--unet_depth", "2", "--epochs", "3",
-        "--refine_epochs", "3", "--batch_size", "2", "--sampling_steps", "3", "--warmup_steps", "2", "--coarse_samples", "1",
-        "--num_samples", "1", "--validate_every", "1", "--folds", "3", "--precision", "fp32", "--device", "cpu"]
+        "--refine_epochs", "3", "--batch_size", "2", "--sampling_steps", "3", "--warmup_steps", "2",
+        "--coarse_samples", "1", "--num_samples", "1", "--validate_every", "1", "--folds", "3", "--precision", "fp32",
+        "--device", "cpu"]
 
 
 def brain(size: tuple[int, int, int], radius: float, contrast: float, seed: int) -> np.ndarray:
@@ -62,5 +63,5 @@ def arguments(csv_file: Path, folder: Path, *more: str) -> list[str]:
 
 def run_program(*words: str, timeout: float = 240) -> subprocess.CompletedProcess:
     """`python main.py` with these words in a child process."""
-    return subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "2"})
+    return subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "2"})

@@ -16,7 +16,8 @@ from utils.ema import EMA
 from utils.optimise import Optimiser, StopRequest, TrainingError, use_bfloat16
 
 SIZES = {"a": (11, 14, 13), "b": (17, 12, 15)}
-NETWORK = {"channels": 8, "depth": 3, "blocks": 2, "patch": 1, "fusion": "early", "attention_tokens": 500, "dropout": 0.0}
+NETWORK = {"channels": 8, "depth": 3, "blocks": 2, "patch": 1, "fusion": "early", "attention_tokens": 500,
+           "dropout": 0.0}
 
 
 @pytest.mark.parametrize("fusion", ["late", "early"])
@@ -88,7 +89,8 @@ def test_tissue_and_microstructure_losses():
     mask = torch.zeros_like(truth)
     assert tissue_loss(truth, truth, mask, 1.0) == 0 and microstructure_loss(truth, truth) == 0
     assert tissue_loss(truth + 0.5, truth, mask, 1.0).item() == pytest.approx(0.75)
-    assert microstructure_loss(truth + 0.5, truth).item() == pytest.approx(0.5, rel=1e-5)  # values differ, gradients do not
+    offset = microstructure_loss(truth + 0.5, truth)
+    assert offset.item() == pytest.approx(0.5, rel=1e-5)  # the values differ, the gradients do not
     averaging_out = torch.tensor([1.0, -1.0]).repeat(3, 5, 2).expand(2, 1, 3, 5, 4)
     ramp = torch.linspace(0, 1, 4).expand(2, 1, 3, 5, 4)
     assert microstructure_loss(averaging_out, 0 * averaging_out) > microstructure_loss(ramp, 0 * ramp)
@@ -97,8 +99,8 @@ def test_tissue_and_microstructure_losses():
 
 def test_blend_weights_find_the_mixture():
     a, b = torch.randn(2, 1, 5, 5, 5), torch.randn(2, 1, 5, 5, 5)
-    torch.testing.assert_close(blend_weights(0.7 * a - 0.2 * b + 0.1, [a, b]), torch.tensor([0.7, -0.2, 0.1]), atol=1e-4,
-                               rtol=0)
+    found = blend_weights(0.7 * a - 0.2 * b + 0.1, [a, b])
+    torch.testing.assert_close(found, torch.tensor([0.7, -0.2, 0.1]), atol=1e-4, rtol=0)
 
 
 def test_refinement_starts_from_the_blend():

@@ -27,8 +27,8 @@ class Log:
                 rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
             kept = [row for row in rows if int(row["step"]) <= step]
             if rows and not continued:
-                raise LogError(f"{path} belongs to a run whose checkpoint is not in opt.checkpoint_dir. It is left as it is; "
-                               "set opt.result_dir to another folder, or move the old results away")
+                raise LogError(f"{path} belongs to a run whose checkpoint is not in opt.checkpoint_dir. It is left as "
+                               "it is; set opt.result_dir to another folder, or move the old results away")
         temporary = path.with_name(f".{path.name}.part")
         with open(temporary, "w", newline="") as file:
             rows = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")

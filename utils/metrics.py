@@ -30,8 +30,8 @@ def score(candidate: np.ndarray, truth: np.ndarray, regions: dict[str, np.ndarra
     the mean of the SSIM map there.
     """
     candidate, truth = (np.clip(each, -1, 1).astype(np.float64) for each in (candidate, truth))
-    mean_ssim, ssim_map = structural_similarity(candidate, truth, data_range=DATA_RANGE, gaussian_weights=True, sigma=1.5,
-                                                use_sample_covariance=False, full=True)
+    mean_ssim, ssim_map = structural_similarity(candidate, truth, data_range=DATA_RANGE, gaussian_weights=True,
+                                                sigma=1.5, use_sample_covariance=False, full=True)
     error = candidate - truth
     scores = {"volume": {"psnr": psnr(error), "ssim": float(mean_ssim), "mae": float(np.abs(error).mean())}}
     for name, region in regions.items():
@@ -83,7 +83,8 @@ def summary(rows: list[dict]) -> str:
         for volume, by_subject in scores.items():
             values = {key: np.array([by_subject[name][key] for name in subjects]) for key in ("psnr", "ssim")}
             line = f"{direction:<16} {volume:<8} " + " ".join(
-                f"{each.mean():6.{digits}f} +- {each.std():5.{digits}f}" for each, digits in zip(values.values(), (2, 3)))
+                f"{each.mean():6.{digits}f} +- {each.std():5.{digits}f}"
+                for each, digits in zip(values.values(), (2, 3)))
             if volume != "refined" and "refined" in scores:
                 for key, digits, unit in (("psnr", 2, " dB"), ("ssim", 3, "")):
                     gain, low, high = paired_gain([scores["refined"][name][key] for name in subjects], values[key])

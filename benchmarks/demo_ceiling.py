@@ -1,0 +1,52 @@
+"""How much of what is possible do the refined volumes of the demo reach?
+
+    python -m benchmarks.demo_ceiling [results/refine/metrics.csv] [data/demo]
+
+The demo can be rendered without noise, which is the best that any synthesis could do. Prints, per direction and over the
+test subjects of metrics.csv, the PSNR of the mean training volume, of the refined volumes and of the noise-free
+rendering, and which part of the gap (in dB) between the first and the last the second has closed.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import phantom
+from data.pairs import find_pairs
+from data.volumes import normalise, read_volume, scale
+from utils.metrics import psnr
+
+
+def ceiling(path: Path, anatomy: phantom.Anatomy, modality: str) -> float:
+    """PSNR in dB of the noise-free rendering against the scan in `path`, both in the scan's own [-1, 1]."""
+    truth, low, high = normalise(read_volume(path)[0], path)
+    clean = phantom.render(anatomy, modality, noise=False).mean(-1) * phantom.FULL_SCALE
+    return psnr(scale(clean, low, high) - truth)
+
+
+def main(metrics: Path, demo: Path) -> None:
+    with open(metrics, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["region"] == "volume"]
+    files = {pair.name: pair.files for pair in find_pairs(demo, tuple(phantom.GRIDS))[0]}
+    anatomies = {subject.name: subject for subject in phantom.anatomies()}
+    print(f"{'direction':<14} mean   refined  noise-free  gap closed (mean, lowest of the subjects)")
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        target = direction.split("->")[1]
+        values = {volume: {row["subject"]: float(row["psnr"]) for row in rows
+                           if (row["direction"], row["volume"]) == (direction, volume)} for volume in ("mean", "refined")}
+        subjects = sorted(values["mean"])
+        mean, refined = (np.array([values[volume][name] for name in subjects]) for volume in ("mean", "refined"))
+        best = np.array([ceiling(files[name][target], anatomies[name], target) for name in subjects])
+        closed = (refined - mean) / (best - mean)
+        total = (refined.mean() - mean.mean()) / (best.mean() - mean.mean())
+        print(f"{direction:<14} {mean.mean():5.2f}  {refined.mean():5.2f}    {best.mean():5.2f}       "
+              f"{total:4.0%}, {closed.min():4.0%}   ({len(subjects)} subjects, +{refined.mean() - mean.mean():.2f} dB)")
+
+
+if __name__ == "__main__":
+    defaults = ["results/refine/metrics.csv", "data/demo"]
+    main(*map(Path, sys.argv[1:] + defaults[len(sys.argv) - 1:]))
