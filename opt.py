@@ -78,10 +78,10 @@ class Options:
     microstructure_weight: float = 0.1  # stage 2: weight of the three-view loss; 0 turns it off
 
     # ---- Training
-    learning_rate: float = 1e-3  # stage 1: Adam's peak rate, after the warm-up and before the cosine decay
+    learning_rate: float = 2e-3  # stage 1: Adam's peak rate, after the warm-up and before the cosine decay
     refine_learning_rate: float = 1e-3  # stage 2: the same
     batch_size: int = 4  # pairs per step
-    epochs: int = 150  # stage 1: passes over the training pairs
+    epochs: int = 90  # stage 1: passes over the training pairs
     refine_epochs: int = 80  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
     warmup_steps: int = 50  # steps over which the learning rate rises
@@ -96,6 +96,7 @@ class Options:
     # the coarse volume: "given" is sampled from the subject's own source, "joint" (published) from nothing
     coarse: Literal["given", "joint"] = "given"
     coarse_samples: int = 2  # samples whose mean is the coarse volume
+    warm_start: bool = True  # start from the backbone's trunk instead of random weights
     coarse_dropout: float = 0.1  # probability that training replaces the coarse volume by the mean volume
 
     # ---- Output

@@ -36,7 +36,7 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate"
 FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
                 "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampling_steps",
                 "eta", "device", "refine_learning_rate", "refine_epochs", "microstructure_weight", "coarse",
-                "coarse_samples", "coarse_dropout"}
+                "coarse_samples", "coarse_dropout", "warm_start"}
 
 
 def model_facts(opt, study: Study) -> dict:

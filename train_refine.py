@@ -22,7 +22,6 @@ from data.study import Study, epoch_batches
 from data.volumes import to_units, write_volume
 from models.backbone import Backbone
 from models.diffusion import Purpose, keyed_generator
-from models.layers import resize_to
 from models.losses import blend_weights, microstructure_loss, tissue_loss
 from models.refine import RefineNet
 from train import STAGE as STAGE_1
@@ -89,7 +88,7 @@ class Refinement:
 
 
 def fit_blend(network: RefineNet, study: Study, coarse: CoarseVolumes) -> None:
-    """Start the residual path of each direction from the best linear blend of coarse, source and a constant.
+    """Start the residual path of each direction from the best linear blend of its candidates.
 
     Fitted on the validation subjects: on the training subjects the coarse volumes look better than they will be.
     """
@@ -97,8 +96,9 @@ def fit_blend(network: RefineNet, study: Study, coarse: CoarseVolumes) -> None:
     truth = study.volumes(members)
     for source, target in network.directions:
         made = coarse.volumes(source, target, members)
-        candidates = [made, resize_to(truth[source], made.shape[2:])]
-        network.direction(source, target).blend.copy_(blend_weights(truth[target], candidates))
+        device = network.direction(source, target).mean.device
+        candidates = network.candidates(source, target, truth[source].to(device), made.to(device))
+        network.direction(source, target).blend.copy_(blend_weights(truth[target].to(device), candidates))
 
 
 def refinement_losses(network: RefineNet, work: Refinement, batch: list[int],
@@ -190,6 +190,11 @@ def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
     refuse_another_run(Path(opt.resume_path), stage_1, {name: opt.resolved()[name] for name in DATA_OPTIONS},
                        {"data": study.fingerprint, "split": study.split_fingerprint})
+    if opt.warm_start and stage_1["network"] != opt.network_arguments():
+        differ = [f"{name} = {stage_1['network'][name]!r} there, {value!r} now"
+                  for name, value in opt.network_arguments().items() if stage_1["network"][name] != value]
+        raise CheckpointError(f"opt.warm_start = True: the backbone in {opt.resume_path} has another network "
+                              f"({'; '.join(differ)}). Use the same settings, or opt.warm_start = False")
     try:
         return Backbone.from_checkpoint(stage_1, device, bfloat16)
     except RuntimeError as error:
@@ -218,6 +223,8 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     torch.manual_seed(opt.seed)
     network = RefineNet(study.sizes, **opt.network_arguments()).to(device)
     network.set_means(study.mean_volumes())
+    if opt.warm_start:
+        network.start_from(backbone.network, backbone.diffusion.timesteps // 2)
     members = study.roles["train"]
     steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.refine_epochs, len(members))
     facts = model_facts(opt, study)

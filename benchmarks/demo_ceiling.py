@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo_ceiling [results/refine/metrics.csv] [data/demo]
 
-The demo can be rendered without noise, which is the best that any synthesis could do. Prints, per direction and over the
-test subjects of metrics.csv, the PSNR of the mean training volume, of the refined volumes and of the noise-free
+The demo can be rendered without noise, which is the best that any synthesis could do. Prints, per direction and over
+the test subjects of metrics.csv, the PSNR of the mean training volume, of the refined volumes and of the noise-free
 rendering, and which part of the gap (in dB) between the first and the last the second has closed.
 """
 
@@ -36,8 +36,10 @@ def main(metrics: Path, demo: Path) -> None:
     print(f"{'direction':<14} mean   refined  noise-free  gap closed (mean, lowest of the subjects)")
     for direction in dict.fromkeys(row["direction"] for row in rows):
         target = direction.split("->")[1]
-        values = {volume: {row["subject"]: float(row["psnr"]) for row in rows
-                           if (row["direction"], row["volume"]) == (direction, volume)} for volume in ("mean", "refined")}
+        values = {"mean": {}, "refined": {}}
+        for row in rows:
+            if row["direction"] == direction and row["volume"] in values:
+                values[row["volume"]][row["subject"]] = float(row["psnr"])
         subjects = sorted(values["mean"])
         mean, refined = (np.array([values[volume][name] for name in subjects]) for volume in ("mean", "refined"))
         best = np.array([ceiling(files[name][target], anatomies[name], target) for name in subjects])

@@ -46,6 +46,6 @@ def x0_error(x0: Tensor, truth: Tensor) -> Tensor:
 
 def blend_weights(truth: Tensor, candidates: list[Tensor]) -> Tensor:
     """Least-squares weights (len(candidates) + 1,) of truth ~ sum of weight x candidate + constant, over all voxels."""
-    columns = torch.stack([*(each.flatten() for each in candidates), torch.ones(truth.numel())], dim=1).double()
-    normal = columns.T @ columns / len(columns) + 1e-6 * torch.eye(columns.shape[1], dtype=torch.double)
+    columns = torch.stack([*(each.flatten() for each in candidates), truth.new_ones(truth.numel())], dim=1).double()
+    normal = columns.T @ columns / len(columns) + 1e-6 * torch.eye(columns.shape[1]).to(columns)
     return torch.linalg.solve(normal, columns.T @ truth.flatten().double() / len(columns)).float()

@@ -94,10 +94,12 @@ class DirectionNet(nn.Module):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
+    def embedded(self, *t: Tensor) -> Tensor:
+        """The sum of the timesteps' embeddings, (B, 4 channels)."""
+        return sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t))
+
     def forward(self, source: Tensor, target: Tensor, *t: Tensor) -> Tensor:
-        emb = None
-        if t:
-            emb = sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t))
+        emb = self.embedded(*t) if t else None
         known = torch.cat([target, self.mean.expand_as(target)], dim=1)  # (B, 2, Xt, Yt, Zt)
         at_source = resize_to(known if self.early else known[:, 1:], source.shape[2:])
         features = self.body(to_patches(torch.cat([source, at_source], dim=1), self.patch), emb)

@@ -107,8 +107,24 @@ def test_refinement_starts_from_the_blend():
     net = RefineNet(SIZES, **NETWORK)
     source, coarse = torch.randn(1, 1, *SIZES["a"]), torch.randn(1, 1, *SIZES["b"])
     assert torch.equal(net("a", "b", source, coarse), coarse)
-    net.direction("a", "b").blend.copy_(torch.tensor([0.5, 0.0, 0.25]))
+    net.direction("a", "b").blend.copy_(torch.tensor([0.5, 0.0, 0.0, 0.25]))
     torch.testing.assert_close(net("a", "b", source, coarse), 0.5 * coarse + 0.25)
+
+
+@pytest.mark.parametrize("fusion", ["late", "early"])
+def test_a_warm_start_is_the_backbone_at_fixed_timesteps(fusion):
+    torch.manual_seed(0)
+    network = {**NETWORK, "fusion": fusion}
+    backbone, refine = DualModalUNet(SIZES, **network), RefineNet(SIZES, **network)
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    refine.start_from(backbone, 500)
+    theirs, mine = backbone.direction("a", "b"), refine.direction("a", "b")
+    mine.head.load_state_dict(theirs.head.state_dict())
+    source, target = torch.randn(2, 1, *SIZES["a"]), torch.randn(2, 1, *SIZES["b"])
+    t = torch.zeros(2, dtype=torch.long), torch.full((2,), 500)
+    gain = theirs.gain(nn.functional.silu(theirs.embedded(*t)))[:, :, None, None, None]
+    torch.testing.assert_close(mine(source, target), theirs(source, target, *t) - gain * target, atol=1e-4, rtol=1e-4)
 
 
 def test_the_mean_volume_reaches_the_output():
