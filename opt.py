@@ -57,9 +57,10 @@ class Options:
     unet_depth: int = 3  # resolution levels; each further one halves the grid and doubles the channels
     base_channels: int = 32  # channels of the finest level
     res_blocks: int = 1  # residual blocks per level
-    # the network works on blocks of this many voxels per axis (space-to-depth): 1 is published, 2 about 5x faster
+    # the network works on blocks of this many voxels per axis (space-to-depth): 1 is published, 2 several times faster
     patch_size: int = 2
-    # "late" (published): the noisy target meets the source's features at the output only; "early": in the body too
+    # "late" (published): the noisy target meets the source's features at the output only;
+    # "early": the body sees the target and the output the source, too
     fusion: Literal["late", "early"] = "early"
     attention_tokens: int = 1024  # self-attention on levels with at most this many positions; 0: none
     dropout: float = 0.0  # probability of dropping a feature inside the residual blocks
@@ -79,7 +80,7 @@ class Options:
 
     # ---- Training
     learning_rate: float = 2e-3  # stage 1: Adam's peak rate, after the warm-up and before the cosine decay
-    refine_learning_rate: float = 1e-3  # stage 2: the same
+    refine_learning_rate: float = 2e-3  # stage 2: the same
     batch_size: int = 4  # pairs per step
     epochs: int = 90  # stage 1: passes over the training pairs
     refine_epochs: int = 80  # stage 2: passes over the training pairs

@@ -97,7 +97,7 @@ def fit_blend(network: RefineNet, study: Study, coarse: CoarseVolumes) -> None:
     for source, target in network.directions:
         made = coarse.volumes(source, target, members)
         device = network.direction(source, target).mean.device
-        candidates = network.candidates(source, target, truth[source].to(device), made.to(device))
+        candidates = network.candidates(truth[source].to(device), made.to(device))
         network.direction(source, target).blend.copy_(blend_weights(truth[target].to(device), candidates))
 
 

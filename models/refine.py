@@ -14,15 +14,14 @@ class RefineNet(TwoDirections):
     """One DirectionNet without timestep per direction: the source through the body, the coarse volume to the output.
 
     The residual path starts from a fixed linear blend of the coarse volume, the source (resampled to the target's
-    grid), the mean training volume and a constant (models/losses.py, blend_weights), so that copying what is right is
-    free.
+    grid) and a constant (models/losses.py, blend_weights), so that copying what is right is free.
     sizes: modality -> (X, Y, Z).
     """
 
     def __init__(self, sizes: dict[str, tuple[int, int, int]], **network):
         super().__init__(sizes, timesteps=0, **network)
-        for source, target in self.directions:  # weights of coarse, source, mean volume, constant
-            self.direction(source, target).register_buffer("blend", torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        for source, target in self.directions:  # weights of coarse, source, constant
+            self.direction(source, target).register_buffer("blend", torch.tensor([1.0, 0.0, 0.0]))
 
     @torch.no_grad()
     def start_from(self, backbone: DualModalUNet, t: int) -> None:
@@ -45,10 +44,10 @@ class RefineNet(TwoDirections):
     def forward(self, source: str, target: str, volume: Tensor, coarse: Tensor) -> Tensor:
         """Refine one direction: source volume (B, 1, Xs, Ys, Zs) and coarse target (B, 1, Xt, Yt, Zt) -> target."""
         net = self.direction(source, target)
-        start = sum(weight * each for weight, each in zip(net.blend, self.candidates(source, target, volume, coarse)))
-        return start + net.blend[-1] + net(volume, coarse)
+        start = sum(weight * each for weight, each in zip(net.blend, self.candidates(volume, coarse))) + net.blend[-1]
+        return start + net(volume, coarse)
 
-    def candidates(self, source: str, target: str, volume: Tensor, coarse: Tensor) -> list[Tensor]:
-        """What is blended, each (B, 1, Xt, Yt, Zt)."""
-        mean = self.direction(source, target).mean
-        return [coarse, resize_to(volume, coarse.shape[2:]), mean.expand_as(coarse)]
+    @staticmethod
+    def candidates(volume: Tensor, coarse: Tensor) -> list[Tensor]:
+        """What is blended: the coarse volume and the source on its grid, each (B, 1, Xt, Yt, Zt)."""
+        return [coarse, resize_to(volume, coarse.shape[2:])]

@@ -67,7 +67,8 @@ class DirectionNet(nn.Module):
 
     The buffer `mean`, the target's mean training volume, goes into the body and the target's stem beside their inputs:
     scans of a study show the same body part in about the same place, which convolutions alone cannot know.
-    fusion "early" also gives the body the target; what the body sees of it is resampled to the source's grid.
+    fusion "early" also gives the body the target and the stem the source, each resampled to the other's grid; after
+    `to_patches` a resampling could no longer place what is inside a patch.
     timesteps: how many the network is told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps,
     the noisy target is also added to the output with a learned gain per timestep: the noise need not be carried through
     the convolutions.
@@ -82,9 +83,10 @@ class DirectionNet(nn.Module):
                                                  nn.Linear(emb_channels, emb_channels)) for _ in range(timesteps))
         grid = tuple(-(-n // patch) for n in source_size)
         self.register_buffer("mean", torch.zeros(1, 1, *target_size))
-        self.body = UNet(patch**3 * (3 if self.early else 2), channels, depth, blocks, emb_channels, grid,
+        inputs = patch**3 * (3 if self.early else 2)
+        self.body = UNet(inputs, channels, depth, blocks, emb_channels, grid,
                          attention_tokens, dropout)
-        self.target_stem = nn.Conv3d(2 * patch**3, channels, 3, padding=1)
+        self.target_stem = nn.Conv3d(inputs, channels, 3, padding=1)
         self.output = ResBlock(2 * channels, channels, emb_channels, dropout)
         self.norm = nn.GroupNorm(8, channels)
         self.head = nn.Conv3d(channels, patch**3, 3, padding=1)
@@ -100,10 +102,13 @@ class DirectionNet(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor, *t: Tensor) -> Tensor:
         emb = self.embedded(*t) if t else None
-        known = torch.cat([target, self.mean.expand_as(target)], dim=1)  # (B, 2, Xt, Yt, Zt)
-        at_source = resize_to(known if self.early else known[:, 1:], source.shape[2:])
-        features = self.body(to_patches(torch.cat([source, at_source], dim=1), self.patch), emb)
-        stem = self.target_stem(to_patches(known, self.patch))
+        mean = self.mean.expand_as(target)
+        to_body, to_stem = [source, resize_to(mean, source.shape[2:])], [target, mean]
+        if self.early:
+            to_body.append(resize_to(target, source.shape[2:]))
+            to_stem.append(resize_to(source, target.shape[2:]))
+        features = self.body(to_patches(torch.cat(to_body, dim=1), self.patch), emb)
+        stem = self.target_stem(to_patches(torch.cat(to_stem, dim=1), self.patch))
         h = self.output(torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1), emb)
         h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
         if self.gain is not None:

@@ -107,7 +107,7 @@ def test_refinement_starts_from_the_blend():
     net = RefineNet(SIZES, **NETWORK)
     source, coarse = torch.randn(1, 1, *SIZES["a"]), torch.randn(1, 1, *SIZES["b"])
     assert torch.equal(net("a", "b", source, coarse), coarse)
-    net.direction("a", "b").blend.copy_(torch.tensor([0.5, 0.0, 0.0, 0.25]))
+    net.direction("a", "b").blend.copy_(torch.tensor([0.5, 0.0, 0.25]))
     torch.testing.assert_close(net("a", "b", source, coarse), 0.5 * coarse + 0.25)
 
 
