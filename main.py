@@ -121,6 +121,9 @@ def main(argv: list[str]) -> int:
     except (OptionError, PairError, VolumeError, CheckpointError, LogError, TrainingError) as error:
         print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command continues from the last checkpoint.", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Options:
 
     # ---- Training
     learning_rate: float = 2e-3  # stage 1: Adam's peak rate, after the warm-up and before the cosine decay
-    refine_learning_rate: float = 2e-3  # stage 2: the same
+    refine_learning_rate: float = 1e-3  # stage 2: the same
     batch_size: int = 4  # pairs per step
     epochs: int = 90  # stage 1: passes over the training pairs
     refine_epochs: int = 80  # stage 2: passes over the training pairs

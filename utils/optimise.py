@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import time
 
 import torch
@@ -89,6 +90,8 @@ class StopRequest:
 
     def _asked(self, number: int, _frame: object) -> None:
         self.reason = f"asked to by {signal.Signals(number).name}"
+        signal.signal(number, self._before[number])  # a second one acts at once
+        print("\nStopping after this step; once more stops at once.", file=sys.stderr)
 
     def __bool__(self) -> bool:
         if not self.reason and time.monotonic() > self._deadline:
