@@ -136,12 +136,14 @@ def train(opt, study: Study, device: torch.device) -> bool:
     optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip)
     run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser}, model_facts(opt, study), math.inf)
     last, best = (Path(opt.checkpoint_dir) / name for name in ("last_model.pth", "best_model.pth"))
-    continued = continue_run(run, last, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
+    continued = continue_run(run, last, best, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
     diffusion, bfloat16 = Diffusion(opt.timesteps, opt.prediction), use_bfloat16(opt.precision, device)
     backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, bfloat16)
                         for each in (network, ema.model))
     folder = Path(opt.result_dir) / "stage1"
     if run.step >= total:
+        if not best.exists():
+            run.save(best)
         print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best:.4f}. To train longer, raise "
               f"opt.epochs.\nNext: python main.py --refine --resume_path {best}")
         return True
@@ -181,9 +183,10 @@ def train(opt, study: Study, device: torch.device) -> bool:
     return True
 
 
-def continue_run(run: Checkpoint, last: Path, asked: Path | None, free: set[str]) -> bool:
+def continue_run(run: Checkpoint, last: Path, best: Path, asked: Path | None, free: set[str]) -> bool:
     """Load the checkpoint that this run goes on from: `asked`, else `last` of its folder; False where there is none.
 
+    Where the folder has no `best` yet (`asked` is from elsewhere), the next validation writes one.
     Raises CheckpointError where one of the two is another run's: that is neither continued nor overwritten.
     """
     found = [path for path in (last if last.exists() else None, asked) if path]
@@ -191,7 +194,9 @@ def continue_run(run: Checkpoint, last: Path, asked: Path | None, free: set[str]
         saved = read_checkpoint(path, (run.stage,))
         compared = {name: value for name, value in run.facts["options"].items() if name not in free}
         refuse_another_run(path, saved, compared, run.facts["fingerprints"])
+        worst = run.best
         run.load(saved)
+        run.best = run.best if best.exists() else worst
     if found:
         print(f"Continuing {found[-1]} after step {run.step}.")
     return bool(found)

@@ -234,7 +234,7 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     kept = Kept(state if state["stage"] == STAGE_1 else state["backbone"])
     run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser, "backbone": kept}, facts, -math.inf)
     last, best = (Path(opt.checkpoint_dir) / name for name in ("last_refine.pth", "best_refine.pth"))
-    continued = continue_run(run, last, Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
+    continued = continue_run(run, last, best, Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
     folder = Path(opt.result_dir) / "refine"
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, continued)
     write_split(folder / "split.csv", study.pairs, study.roles)
@@ -271,6 +271,8 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
         run.save(last)
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.")
         return False
+    if not best.exists():  # a finished run, continued in another folder
+        run.save(best)
     network.load_state_dict(read_checkpoint(best, (STAGE,))["ema"]["model"])
     rows = report(network, work)
     write_metrics(folder / "metrics.csv", rows)

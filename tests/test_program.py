@@ -185,12 +185,14 @@ def test_stage_1_refuses_a_stage_2_checkpoint(trained, study_csv, tmp_path, caps
     assert "stage 2" in refusal(capsys, words)
 
 
-def test_stage_2_continues_from_its_own_checkpoint_alone(trained, study_csv, tmp_path, capsys):
-    """best_refine.pth holds all that is needed: its backbone's file is not read."""
-    words = arguments(study_csv, tmp_path, "--refine", "--resume_path", str(trained / "checkpoints/best_refine.pth"),
-                      "--refine_epochs", "4")
+@pytest.mark.parametrize("name, epochs", [("best_refine.pth", "4"), ("last_refine.pth", "3")])
+def test_stage_2_continues_from_its_own_checkpoint_alone(trained, study_csv, tmp_path, capsys, name, epochs):
+    """It holds all that is needed: the backbone's file is not read. Also where it is finished, in a new folder."""
+    words = arguments(study_csv, tmp_path, "--refine", "--resume_path", str(trained / "checkpoints" / name),
+                      "--refine_epochs", epochs)
     assert main.main(words) == 0
     assert (tmp_path / "results/refine/metrics.csv").exists()
+    assert (tmp_path / "checkpoints/best_refine.pth").exists()
 
 
 class Malicious:

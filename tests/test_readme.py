@@ -18,11 +18,15 @@ SETTINGS = {each.name for each in dataclasses.fields(Options)}
 def test_settings_and_options_exist():
     named = set(re.findall(r"\bopt\.([a-z_]+)", README)) | set(re.findall(r"--([a-z_]+)", README))
     assert named - {"py", "preset", "help", "cov"} <= SETTINGS
-    assert {"image_size", "learning_rate", "timesteps", "unet_depth", "base_channels"} <= set(re.findall(r"\w+", README))
+    words = set(re.findall(r"\w+", README))
+    assert {"image_size", "learning_rate", "timesteps", "unet_depth", "base_channels"} <= words
+
+FILES = r"\b((?:data|models|utils|tests|benchmarks|docs)/[\w.]+\.\w+)"
+
+FILES = r"\b((?:data|models|utils|tests|benchmarks|docs)/[\w.]+\.\w+)"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b((?:data|models|utils|tests|benchmarks|docs)/[\w.]+\.\w+)",
-                                                       README))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(FILES, README))))
 def test_files_exist(path):
     assert (ROOT / path).exists()
 
