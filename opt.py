@@ -57,6 +57,7 @@ class Options:
     unet_depth: int = 3  # resolution levels; each further one halves the grid and doubles the channels
     base_channels: int = 32  # channels of the finest level
     res_blocks: int = 1  # residual blocks per level
+    output_blocks: int = 2  # residual blocks on the target's grid, after the features of the source's grid arrived
     # the network works on blocks of this many voxels per axis (space-to-depth): 1 is published, 2 several times faster
     patch_size: int = 2
     # "late" (published): the noisy target meets the source's features at the output only;
@@ -145,8 +146,8 @@ class Options:
     def network_arguments(self) -> dict:
         """What the networks of both stages are built from, besides the image sizes."""
         return {"channels": self.base_channels, "depth": self.unet_depth, "blocks": self.res_blocks,
-                "patch": self.patch_size, "fusion": self.fusion, "attention_tokens": self.attention_tokens,
-                "dropout": self.dropout}
+                "output_blocks": self.output_blocks, "patch": self.patch_size, "fusion": self.fusion,
+                "attention_tokens": self.attention_tokens, "dropout": self.dropout}
 
     def validate(self) -> None:
         """Raise one OptionError that lists every wrong name, type, value and combination."""
@@ -204,8 +205,8 @@ def _wrong_types(options: Options) -> list[str]:
 
 def _rules(o: Options) -> list[tuple[str, bool, str]]:
     """(option, is it wrong, what to do) for all that the types do not say."""
-    at_least_one = ("folds", "unet_depth", "base_channels", "res_blocks", "patch_size", "batch_size", "epochs",
-                    "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples")
+    at_least_one = ("folds", "unet_depth", "base_channels", "res_blocks", "output_blocks", "patch_size", "batch_size",
+                    "epochs", "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples")
     not_negative = ("attention_tokens", "eta", "pattern_weight", "microstructure_weight", "max_steps", "warmup_steps",
                     "gradient_clip", "max_minutes", "seed")
     fractions = ("validation_fraction", "dropout", "ema_decay", "coarse_dropout")
@@ -243,9 +244,10 @@ def paper() -> Options:
     """The published configuration (arXiv 2511.04963), as far as the paper states it."""
     return Options(
         image_size={"fmri": (64, 64, 36), "dmri": (96, 96, 60)}, unet_depth=4, base_channels=64, res_blocks=2,
-        patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared", prediction="epsilon",
-        sampling_steps=50, learning_rate=1e-6, refine_learning_rate=1e-5, batch_size=1, epochs=300, refine_epochs=300,
-        warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1, validate_every=1)
+        output_blocks=1, patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared",
+        prediction="epsilon", sampling_steps=50, learning_rate=1e-6, refine_learning_rate=1e-5, batch_size=1,
+        epochs=300, refine_epochs=300, warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1,
+        validate_every=1)
 
 
 PRESETS = {"small": small, "paper": paper}

@@ -75,7 +75,8 @@ class DirectionNet(nn.Module):
     """
 
     def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], timesteps: int, *, channels: int,
-                 depth: int, blocks: int, patch: int, fusion: str, attention_tokens: int, dropout: float):
+                 depth: int, blocks: int, output_blocks: int, patch: int, fusion: str, attention_tokens: int,
+                 dropout: float):
         super().__init__()
         self.patch, self.early, self.channels = patch, fusion == "early", channels
         emb_channels = 4 * channels if timesteps else 0
@@ -87,7 +88,8 @@ class DirectionNet(nn.Module):
         self.body = UNet(inputs, channels, depth, blocks, emb_channels, grid,
                          attention_tokens, dropout)
         self.target_stem = nn.Conv3d(inputs, channels, 3, padding=1)
-        self.output = ResBlock(2 * channels, channels, emb_channels, dropout)
+        self.output = nn.ModuleList(ResBlock(2 * channels if first else channels, channels, emb_channels, dropout)
+                                    for first in [True] + [False] * (output_blocks - 1))
         self.norm = nn.GroupNorm(8, channels)
         self.head = nn.Conv3d(channels, patch**3, 3, padding=1)
         self.gain = nn.Linear(emb_channels, 1) if timesteps else None
@@ -109,7 +111,9 @@ class DirectionNet(nn.Module):
             to_stem.append(resize_to(source, target.shape[2:]))
         features = self.body(to_patches(torch.cat(to_body, dim=1), self.patch), emb)
         stem = self.target_stem(to_patches(torch.cat(to_stem, dim=1), self.patch))
-        h = self.output(torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1), emb)
+        h = torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1)
+        for block in self.output:
+            h = block(h, emb)
         h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
         if self.gain is not None:
             h = h + self.gain(F.silu(emb)).float()[:, :, None, None, None] * target

@@ -16,8 +16,8 @@ from utils.ema import EMA
 from utils.optimise import Optimiser, StopRequest, TrainingError, use_bfloat16
 
 SIZES = {"a": (11, 14, 13), "b": (17, 12, 15)}
-NETWORK = {"channels": 8, "depth": 3, "blocks": 2, "patch": 1, "fusion": "early", "attention_tokens": 500,
-           "dropout": 0.0}
+NETWORK = {"channels": 8, "depth": 3, "blocks": 2, "output_blocks": 2, "patch": 1, "fusion": "early",
+           "attention_tokens": 500, "dropout": 0.0}
 
 
 @pytest.mark.parametrize("fusion", ["late", "early"])
