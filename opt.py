@@ -245,7 +245,7 @@ def paper() -> Options:
     return Options(
         image_size={"fmri": (64, 64, 36), "dmri": (96, 96, 60)}, unet_depth=4, base_channels=64, res_blocks=2,
         output_blocks=1, patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared",
-        prediction="epsilon", sampling_steps=50, learning_rate=1e-6, refine_learning_rate=1e-5, batch_size=1,
+        prediction="epsilon", learning_rate=1e-6, refine_learning_rate=1e-5, batch_size=1,
         epochs=300, refine_epochs=300, warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1,
         validate_every=1)
 

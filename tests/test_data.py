@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.testing import data_path
 
+from benchmarks import demo_ceiling
 from data import phantom
 from data.atlas import pattern_mask, roi_centres
 from data.pairs import Pair, PairError, find_pairs, split_subjects, write_split
@@ -331,6 +332,20 @@ def test_a_new_study_of_the_demo_is_written_whole(tmp_path, monkeypatch):
     image = nib.load(pairs[0].files["dmri"])
     assert image.shape == (48, 48, 30) and image.header["sform_code"] == 4
     assert (tmp_path / "demo" / phantom.COMPLETE).exists()
+
+
+def test_the_ceiling_of_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(phantom, "SUBJECTS", 2)
+    phantom.write_demo(tmp_path / "demo")
+    with open(tmp_path / "metrics.csv", "w") as file:
+        print("subject,direction,volume,region,psnr", file=file)
+        for number in (1, 2):
+            for volume, psnr in (("mean", 20), ("refined", 24)):
+                print(f"sub-{number:02d},fmri->dmri,{volume},volume,{psnr}", file=file)
+    demo_ceiling.main(tmp_path / "metrics.csv", tmp_path / "demo")
+    line = capsys.readouterr().out.splitlines()[1]
+    best = float(line.split()[3])
+    assert 27 < best < 31 and f"{4 / (best - 20):4.0%}" in line and "+4.00 dB" in line
 
 
 LGG = ROOT.parent / "shared/data/lgg/pairs.csv"

@@ -44,7 +44,7 @@ def test_the_table_of_hyperparameters_is_true():
             names, ours, theirs = (cell.strip() for cell in line.split("|")[1:4])
             cells[tuple(re.findall(r"`(\w+)`", names))] = (ours, theirs)
     for names, columns in cells.items():
-        if not set(names) <= SETTINGS:
+        if not names or not set(names) <= SETTINGS:
             continue
         for column, preset in zip(columns, (small(), paper())):
             if names == ("image_size",):
