@@ -9,6 +9,7 @@ continues.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 import train
 import train_refine
 from data import phantom
+from data.atlas import AtlasError, roi_centres
 from data.pairs import PairError, find_pairs, split_subjects
 from data.study import Study
 from data.volumes import VolumeError
@@ -48,6 +50,9 @@ def read_study(opt) -> Study:
     if opt.pattern_weight and with_pattern < len(pairs):
         print(f"note: {len(pairs) - with_pattern} of {len(pairs)} pairs are not known to be in MNI space; the loss "
               'weighs no brain networks there (opt.space = "mni" if they are)')
+    if apart := study.apart():
+        print(f"note: the two fields of view differ by more than a voxel in {len(apart)} of {len(pairs)} pairs, first "
+              f"{apart[0]}; PDS overlays the two grids edge to edge, so co-register and crop them alike")
     if opt.folds == 1:
         print("note: opt.folds = 1: the subjects trained on are also validated and reported on; scores say nothing "
               "about new subjects")
@@ -84,6 +89,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def allow_many_files() -> None:
+    """Raise the limit of open files as far as the system lets us: every memory-mapped volume keeps one open."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def make_writable(*folders: str) -> None:
     """Create the output folders before any work. Raises OptionError where one cannot be written to."""
     for name in folders:
@@ -103,6 +117,8 @@ def run(settings) -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("several processes are not supported yet; start it as python main.py")
     device = choose_device(settings.device)
+    roi_centres(tuple(settings.pattern_networks))  # refuses unknown names before any data is read
+    allow_many_files()
     state = None
     if settings.refine:  # before any data is read
         state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))
@@ -118,7 +134,7 @@ def main(argv: list[str]) -> int:
     settings = parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0])
     try:
         return FINISHED if run(settings) else STOPPED
-    except (OptionError, PairError, VolumeError, CheckpointError, LogError, TrainingError) as error:
+    except (OptionError, AtlasError, PairError, VolumeError, CheckpointError, LogError, TrainingError) as error:
         print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

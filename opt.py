@@ -188,8 +188,8 @@ def _fits(value: object, annotation: object) -> bool:
         return isinstance(value, (tuple, list)) and all(_fits(each, typing.get_args(annotation)[0]) for each in value)
     if annotation is tuple:
         return isinstance(value, (tuple, list))
-    if annotation in (int, float):  # a bool is no number here, an int is a float, and NaN is nothing
-        return type(value) in ((int,) if annotation is int else (int, float)) and value == value
+    if annotation in (int, float):  # a bool is no number here, an int is a float, NaN and infinity are nothing
+        return type(value) in ((int,) if annotation is int else (int, float)) and abs(value) < 2**63
     return isinstance(value, annotation)
 
 
@@ -227,6 +227,8 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
         ("sampling_steps", not 1 <= o.sampling_steps <= o.timesteps,
          f"must be 1 .. opt.timesteps = {o.timesteps}"),
         ("pattern_radius", o.pattern_radius <= 0, "must be above 0 mm"),
+        ("eta", o.eta > 1, "must be at most 1"),
+        ("patch_size", o.patch_size > 8, "must be at most 8 voxels"),
         ("unet_depth", o.unet_depth > 6, "six levels shrink the volume 32-fold; choose fewer"),
         ("base_channels", o.base_channels % 8 != 0, "must be a multiple of 8 (group normalisation)"),
         ("refine", o.refine and not o.resume_path,

@@ -18,7 +18,7 @@ from data.pairs import write_split
 from data.study import Study, epoch_batches
 from data.volumes import to_units, write_volume
 from models.backbone import Backbone
-from models.diffusion import Diffusion, Purpose, keyed_noise, training_timesteps
+from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
 from utils.checkpoint import Checkpoint, read_checkpoint, refuse_another_run
@@ -72,6 +72,7 @@ def diffusion_loss(backbone: Backbone, opt, study: Study, batch: list[int], step
 def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: Study, batch: list[int],
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
+    torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, step).initial_seed())
     loss = diffusion_loss(backbone, opt, study, batch, step)
     norm = optimiser.update(loss, step, [study.pairs[i].name for i in batch])
     ema.update(backbone.network)
@@ -100,7 +101,7 @@ def validate(backbone: Backbone, study: Study, seed: int, batch_size: int) -> fl
 
 
 def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int) -> None:
-    """A grid of real, translated and jointly sampled volumes of held-out subjects, and the sampled volumes as NIfTI.
+    """A grid of real, translated and jointly sampled volumes of validation subjects, and the sampled volumes as NIfTI.
 
     The subjects and their noise are the same every time, so that two grids can be flipped between.
     """
@@ -121,7 +122,7 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
                 write_volume(folder / "samples" / f"step_{step:06d}" / f"{study.pairs[i].name}_{name}_{kind}.nii.gz",
                              to_units(panel.volume, *study.train_range(name)), study.affines[name][i],
                              study.pairs[i].files[name])
-    save_grid(folder / f"step_{step:06d}.png", f"Stage 1, step {step}: held-out subjects",
+    save_grid(folder / f"step_{step:06d}.png", f"Stage 1, step {step}: validation subjects",
               ["real", "sampled, given the other modality", "sampled jointly, from noise alone"], rows)
 
 
@@ -136,7 +137,7 @@ def train(opt, study: Study, device: torch.device) -> bool:
     optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip)
     run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser}, model_facts(opt, study), math.inf)
     last, best = (Path(opt.checkpoint_dir) / name for name in ("last_model.pth", "best_model.pth"))
-    continued = continue_run(run, last, best, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
+    continue_run(run, last, best, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
     diffusion, bfloat16 = Diffusion(opt.timesteps, opt.prediction), use_bfloat16(opt.precision, device)
     backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, bfloat16)
                         for each in (network, ema.model))
@@ -147,7 +148,7 @@ def train(opt, study: Study, device: torch.device) -> bool:
         print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best:.4f}. To train longer, raise "
               f"opt.epochs.\nNext: python main.py --refine --resume_path {best}")
         return True
-    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, continued)
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
     write_split(folder / "split.csv", study.pairs, study.roles)
     run.save(last)
     with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
@@ -184,19 +185,20 @@ def train(opt, study: Study, device: torch.device) -> bool:
 
 
 def continue_run(run: Checkpoint, last: Path, best: Path, asked: Path | None, free: set[str]) -> bool:
-    """Load the checkpoint that this run goes on from: `asked`, else `last` of its folder; False where there is none.
+    """Load the newest of `last` in the run's folder and `asked` (from anywhere); False where there is neither.
 
     Where the folder has no `best` yet (`asked` is from elsewhere), the next validation writes one.
-    Raises CheckpointError where one of the two is another run's: that is neither continued nor overwritten.
+    Raises CheckpointError where one of these files is another run's: that is neither continued nor overwritten.
     """
-    found = [path for path in (last if last.exists() else None, asked) if path]
-    for path in found:
-        saved = read_checkpoint(path, (run.stage,))
+    found, worst = {}, run.best
+    for path in {each: None for each in (last, best, asked) if each and (each.exists() or each == asked)}:
+        found[path] = read_checkpoint(path, (run.stage,))
         compared = {name: value for name, value in run.facts["options"].items() if name not in free}
-        refuse_another_run(path, saved, compared, run.facts["fingerprints"])
-        worst = run.best
-        run.load(saved)
-        run.best = run.best if best.exists() else worst
-    if found:
-        print(f"Continuing {found[-1]} after step {run.step}.")
-    return bool(found)
+        refuse_another_run(path, found[path], compared, run.facts["fingerprints"])
+    if not found:
+        return False
+    newest = max(found, key=lambda path: found[path]["step"])
+    run.load(found[newest])
+    run.best = run.best if best.exists() else worst
+    print(f"Continuing {newest} after step {run.step}.")
+    return True

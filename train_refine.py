@@ -125,6 +125,7 @@ def refinement_losses(network: RefineNet, work: Refinement, batch: list[int],
 def train_step(network: RefineNet, ema: EMA, optimiser: Optimiser, work: Refinement, batch: list[int],
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
+    torch.manual_seed(keyed_generator(work.opt.seed, Purpose.DROPOUT, step).initial_seed())
     tissue, structure = refinement_losses(network, work, batch, step)
     loss = tissue + work.opt.microstructure_weight * structure
     norm = optimiser.update(loss, step, [work.study.pairs[i].name for i in batch])
@@ -163,7 +164,7 @@ def report(network: RefineNet, work: Refinement) -> list[dict]:
 
 
 def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int) -> None:
-    """A grid of source, coarse, refined, truth and absolute error for held-out subjects; refined volumes as NIfTI."""
+    """A grid of source, coarse, refined, truth and absolute error for validation subjects; refined volumes as NIfTI."""
     study, rows = work.study, []
     for i in study.roles["validation"][:work.opt.num_samples]:
         pair, real = study.pairs[i], study.volumes([i])
@@ -181,7 +182,7 @@ def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int)
             write_volume(folder / "samples" / f"step_{step:06d}" / f"{pair.name}_{target}_refined.nii.gz",
                          to_units(refined[0, 0].numpy(), *study.train_range(target)), study.affines[target][i],
                          pair.files[target])
-    save_grid(folder / f"step_{step:06d}.png", f"Stage 2, step {step}: held-out subjects",
+    save_grid(folder / f"step_{step:06d}.png", f"Stage 2, step {step}: validation subjects",
               ["source", "coarse", "refined", "truth", "absolute error"], rows)
 
 
@@ -190,6 +191,9 @@ def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
     refuse_another_run(Path(opt.resume_path), stage_1, {name: opt.resolved()[name] for name in DATA_OPTIONS},
                        {"data": study.fingerprint, "split": study.split_fingerprint})
+    if opt.sampling_steps > stage_1["options"]["timesteps"]:
+        raise CheckpointError(f"opt.sampling_steps = {opt.sampling_steps}: the backbone in {opt.resume_path} has "
+                              f"{stage_1['options']['timesteps']} timesteps; choose at most that many")
     if opt.warm_start and stage_1["network"] != opt.network_arguments():
         differ = [f"{name} = {stage_1['network'][name]!r} there, {value!r} now"
                   for name, value in opt.network_arguments().items() if stage_1["network"][name] != value]
@@ -236,7 +240,7 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     last, best = (Path(opt.checkpoint_dir) / name for name in ("last_refine.pth", "best_refine.pth"))
     continued = continue_run(run, last, best, Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
     folder = Path(opt.result_dir) / "refine"
-    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, continued)
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
     write_split(folder / "split.csv", study.pairs, study.roles)
     work = Refinement(opt, study, backbone, backbone_hash)
     if not continued:

@@ -14,13 +14,17 @@ from scipy.spatial import cKDTree
 TABLE = Path(__file__).with_name("dosenbach160.csv")
 
 
+class AtlasError(ValueError):
+    """Networks that the table does not have; the message names the option and the choices."""
+
+
 def roi_centres(networks: tuple[str, ...]) -> np.ndarray:
-    """MNI coordinates (N, 3), mm, of the ROIs of these networks. Raises ValueError for an unknown network."""
+    """MNI coordinates (N, 3), mm, of the ROIs of these networks. Raises AtlasError for an unknown network."""
     with open(TABLE, newline="") as file:
         rows = list(csv.DictReader(file))
     known = sorted({row["network"] for row in rows})
     if unknown := sorted(set(networks) - set(known)):
-        raise ValueError(f"opt.pattern_networks names {', '.join(unknown)}; choose from {', '.join(known)}")
+        raise AtlasError(f"opt.pattern_networks names {', '.join(unknown)}; choose from {', '.join(known)}")
     return np.array([[float(row[axis]) for axis in "xyz"] for row in rows if row["network"] in networks]).reshape(-1, 3)
 
 

@@ -67,8 +67,14 @@ def find_pairs(data_root: Path, modalities: tuple[str, str]) -> tuple[list[Pair]
 
 
 def _refuse_doubles(pairs: list[Pair]) -> None:
-    visits, files = {}, {}
+    visits, names, files = {}, set(), {}
     for pair in pairs:
+        if not re.fullmatch(r"[\w.+-]+", pair.name):
+            raise PairError(f"{pair.name!r}: subject and session may only have letters, digits and . _ + - in them, "
+                            "because they become file names; rename it in the manifest")
+        if pair.name in names:
+            raise PairError(f"{pair.name} stands for two visits; give each its own subject or session")
+        names.add(pair.name)
         visit = (pair.person, pair.session)
         if visit in visits:
             raise PairError(f"{pair.name} and {visits[visit]} are the same visit of the same subject; "
@@ -92,6 +98,9 @@ def _from_table(table: Path, modalities: tuple[str, str]) -> tuple[list[Pair], l
                         "give a CSV or TSV file, or the folder of a BIDS tree") from error
     if absent := [name for name in ("subject", *modalities) if name not in columns]:
         others = [name for name in columns if name not in ("subject", *OPTIONAL)]
+        if any(";" in name for name in columns):
+            raise PairError(f"{table}: its columns are separated by semicolons; save it with commas, or "
+                            "as .tsv with tabs")
         raise PairError(f"{table}: has no column {', '.join(absent)}; its columns are {', '.join(columns) or 'none'}. "
                         f"Set opt.modalities to two of {', '.join(others) or 'its columns'}")
     pairs, notes = [], []
@@ -101,7 +110,7 @@ def _from_table(table: Path, modalities: tuple[str, str]) -> tuple[list[Pair], l
             notes.append(f"{table.name} line {line}: left out, it names no subject")
             continue
         fold = cells.get("fold", "")
-        if fold and not fold.isdigit():
+        if fold and not (fold.isdecimal() and fold.isascii()):
             raise PairError(f"{table} line {line}: fold {fold!r} is not a number from 0 upwards")
         files = {name: table.parent / cells[name] for name in modalities if cells[name]}
         pairs.append(Pair(cells["subject"], cells.get("session", ""), cells.get("group", ""),
@@ -132,9 +141,9 @@ def _participants(tree: Path) -> dict[str, str]:
     table = tree / "participants.tsv"
     if not table.exists():
         return {}
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        return {row["participant_id"]: row.get("group") or "" for row in csv.DictReader(file, delimiter="\t")
-                if row.get("participant_id")}
+    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row.get("participant_id")]
+    return {f"sub-{row['participant_id'].removeprefix('sub-')}": row.get("group") or "" for row in rows}
 
 
 def in_mni_space(pair: Pair) -> bool:
@@ -151,7 +160,10 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
     """
     if folds == 1:
         return {role: list(range(len(pairs))) for role in ("train", "validation", "test")}
-    people = sorted({pair.person for pair in pairs})
+    people, given = sorted({pair.person for pair in pairs}), [pair.name for pair in pairs if pair.fold is not None]
+    if given and len(given) < len(pairs):
+        raise PairError(f"the fold column is filled for {len(given)} of {len(pairs)} pairs; fill it for all "
+                        "or for none")
     if all(pair.fold is not None for pair in pairs):
         fold_of = {pair.person: pair.fold for pair in pairs}
         if torn := [pair.name for pair in pairs if fold_of[pair.person] != pair.fold]:
@@ -160,11 +172,12 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
         fold_of = {person: place % folds for place, person in enumerate(_dealt(pairs, people, seed))}
     test = {person for person in people if fold_of[person] == fold}
     rest = [person for person in _dealt(pairs, people, seed + 1) if person not in test]
-    validation = set(rest[:max(1, round(validation_fraction * len(rest)))])
+    validation = set(rest[:max(1, min(round(validation_fraction * len(rest)), len(rest) - 1))])
     if not test or len(rest) < 2:
         raise PairError(f"opt.folds = {folds}, opt.fold = {fold}: of {len(people)} subjects {len(test)} would be "
                         f"tested and {len(rest)} left to train and validate on; set opt.folds lower, or to 1, "
-                        "which trains and reports on everything")
+                        "which trains and reports on everything"
+                        + (f" (the study's own folds are {sorted(set(fold_of.values()))})" if given else ""))
     roles = {"train": [], "validation": [], "test": []}
     for position, pair in enumerate(pairs):
         role = "test" if pair.person in test else "validation" if pair.person in validation else "train"

@@ -13,7 +13,7 @@ import torch
 from data.atlas import pattern_mask, roi_centres
 from data.files import replace_file
 from data.pairs import Pair, in_mni_space
-from data.volumes import VolumeError, normalise, read_volume, resample
+from data.volumes import VolumeError, b_values_file, normalise, read_volume, resample
 
 CACHE_FORMAT = 1  # raise it whenever the way from file to volume changes
 
@@ -51,6 +51,19 @@ class Study:
         self.pattern_centres, self.pattern_radius = roi_centres(networks), radius
         self.in_mni = [space == "mni" or (space == "auto" and in_mni_space(pair)) for pair in self.pairs]
         return sum(self.in_mni)
+
+    def apart(self) -> list[str]:
+        """Names of the pairs whose two fields of view differ by more than one (larger) voxel at some corner, in mm."""
+        names, corners = [], np.array([(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+        for i, pair in enumerate(self.pairs):
+            ends, voxel = [], 0.0
+            for name, size in self.sizes.items():
+                affine = self.affines[name][i]
+                ends.append((corners * size - 0.5) @ affine[:3, :3].T + affine[:3, 3])
+                voxel = max(voxel, np.linalg.norm(affine[:3, :3], axis=0).max())
+            if np.linalg.norm(ends[0] - ends[1], axis=1).max() > voxel:
+                names.append(pair.name)
+        return names
 
     def volumes(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1], copied out of the memory map."""
@@ -102,10 +115,12 @@ def cached_volume(path: Path, modality: str, reduce: str, size: tuple[int, int, 
         state = path.stat()
     except OSError:
         raise VolumeError(f"{path}: there is no such file; correct the path in the manifest") from None
+    beside = b_values_file(path)
+    b_values = beside.read_bytes() if reduce in ("b0", "shell") and beside.exists() else b""
     key = hashlib.sha256(repr((CACHE_FORMAT, str(path.resolve()), state.st_size, state.st_mtime_ns, reduce, size,
-                               resize)).encode()).hexdigest()[:32]
+                               resize, b_values)).encode()).hexdigest()[:32]
     voxels_file, facts_file = cache_dir / f"{key}.npy", cache_dir / f"{key}.json"
-    if not facts_file.exists():
+    if not (facts_file.exists() and voxels_file.exists()):
         volume, affine = read_volume(path, reduce)
         if volume.shape != tuple(size):
             volume, affine = _resized(volume, affine, path, modality, size, resize)

@@ -34,7 +34,10 @@ def read_volume(path: Path, reduce: str = "mean") -> tuple[np.ndarray, np.ndarra
     """
     try:
         image = nib.load(path)
-        shape, voxels = image.shape, np.asarray(image.dataobj, dtype=np.float32)
+        shape, kind = image.shape, image.get_data_dtype()
+        if kind.fields or kind.kind == "c":
+            raise ValueError(f"its voxels are {'colours' if kind.fields else 'complex'}, not one number each")
+        voxels = np.asarray(image.dataobj, dtype=np.float32)
     except FileNotFoundError:
         raise VolumeError(f"{path}: there is no such file; correct the path in the manifest") from None
     except UNREADABLE as error:
@@ -64,8 +67,13 @@ def reduce_4d(voxels: np.ndarray, reduce: str, path: Path) -> np.ndarray:
     return voxels.std(axis=-1) if reduce == "std" else voxels.mean(axis=-1)
 
 
+def b_values_file(path: Path) -> Path:
+    """The .bval file that belongs to an image, by its name."""
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".bval")
+
+
 def _b_values(path: Path, count: int) -> np.ndarray:
-    beside = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".bval")
+    beside = b_values_file(path)
     if not beside.exists():
         raise VolumeError(f"{path}: opt.reduce needs the b-values, but {beside.name} is not beside it")
     try:

@@ -45,6 +45,9 @@ def test_a_4d_file_is_reduced_by_name(tmp_path):
                 "b0": voxels[..., [0, 3]].mean(-1), "shell": voxels[..., [1, 2, 4, 5]].mean(-1)}
     for name, volume in expected.items():
         np.testing.assert_allclose(read_volume(path, name)[0], volume, rtol=1e-5)
+    cached = [cached_volume(path, "dmri", "b0", (5, 4, 3), "none", tmp_path / "cache")[1]["low"]]
+    (tmp_path / "x_dwi.bval").write_text("1000 0 0 5 0 0\n")
+    assert cached_volume(path, "dmri", "b0", (5, 4, 3), "none", tmp_path / "cache")[1]["low"] != cached[0]
     (tmp_path / "x_dwi.bval").write_text("0 1000")
     with pytest.raises(VolumeError, match="2 b-values, the image 6"):
         read_volume(path, "b0")
@@ -102,6 +105,8 @@ def test_unusable_files_are_named(tmp_path):
     for name, shape in (("flat", (5, 5)), ("five", (4, 4, 4, 2, 3))):
         with pytest.raises(VolumeError, match="a 3-D or 4-D image is needed"):
             read_volume(save(tmp_path / f"{name}.nii", ball(*shape)))
+    with pytest.raises(VolumeError, match="its voxels are complex"):
+        read_volume(save(tmp_path / "complex.nii", ball(4, 4, 4).astype(np.complex64)))
     constant = save(tmp_path / "constant.nii", np.full((5, 5, 5), 7.0))
     with pytest.raises(VolumeError, match="every voxel is 7"):
         normalise(read_volume(constant)[0], constant)
@@ -166,7 +171,10 @@ def test_a_table_and_a_bids_tree_find_the_same(tmp_path):
     ("subject,t1,flair\n1,a,b\n", "Set opt.modalities to two of t1, flair"),
     ("subject,fmri,dmri\n1,a,\n", "no subject has both"),
     ("", "no column subject"),
-    ("subject,fmri,dmri,fold\n1,a,b,x\n", "fold 'x' is not a number")])
+    ("subject,fmri,dmri,fold\n1,a,b,x\n", "fold 'x' is not a number"),
+    ("subject;fmri;dmri\n1;a;b\n", "separated by semicolons"),
+    ("subject,session,fmri,dmri\n1,1,a,b\n1,ses-1,c,d\n", "stands for two visits"),
+    ("subject,fmri,dmri\n/../x,a,b\n", "because they become file names")])
 def test_unusable_tables_are_refused(tmp_path, content, message):
     (tmp_path / "pairs.csv").write_text(content)
     with pytest.raises(PairError, match=message):
@@ -220,6 +228,9 @@ def test_own_folds_one_fold_and_too_few(tmp_path):
     assert roles["test"] == [1, 4, 7]
     write_split(tmp_path / "split.csv", own, roles)
     assert [row["role"] for row in csv.DictReader((tmp_path / "split.csv").read_text().splitlines())].count("test") == 3
+    with pytest.raises(PairError, match="fill it for all or for none"):
+        split_subjects([*own, Pair("sub-77", "", "", None, {})], 3, 1, 0.2, 0)
+    assert len(split_subjects(own, 3, 1, 0.95, 0)["train"]) == 1
     torn = [*own, Pair("sub-00", "2", "", 2, {})]
     with pytest.raises(PairError, match="in different folds"):
         split_subjects(torn, 3, 1, 0.2, 0)
@@ -293,6 +304,9 @@ def test_study(tmp_path):
     mask = study.masks([0, 1])["dmri"]
     assert set(mask.unique().tolist()) == {0, 1} and mask.shape == (2, 1, *SIZES["dmri"])
     assert study.set_pattern(("default",), 5.0, "native") == 0 and study.masks([0])["dmri"].sum() == 0
+    assert study.apart() == []
+    study.affines["dmri"][4][0, 3] += 60  # mm
+    assert study.apart() == ["sub-05"]
     low, high = study.train_range("fmri")
     assert -100 < low < high < 1000
 

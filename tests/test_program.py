@@ -219,6 +219,29 @@ def test_damaged_or_malicious_checkpoints_run_no_code(trained, study_csv, tmp_pa
     assert not (tmp_path / "owned").exists()
 
 
+def test_the_newest_checkpoint_goes_on(study_csv, tmp_path, capsys):
+    """An older file in resume_path does not take the run back."""
+    words = arguments(study_csv, tmp_path, "--dropout", "0.2")
+    assert main.main([*words, "--max_steps", "2"]) == 0
+    (tmp_path / "older.pth").write_bytes((tmp_path / "checkpoints/last_model.pth").read_bytes())
+    assert main.main([*words, "--max_steps", "4"]) == 0
+    assert main.main([*words, "--max_steps", "5", "--resume_path", str(tmp_path / "older.pth")]) == 0
+    assert "last_model.pth after step 4" in capsys.readouterr().out
+
+
+def test_another_runs_best_is_left_alone(trained, study_csv, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    best = tmp_path / "checkpoints/best_model.pth"
+    best.write_bytes((trained / "checkpoints/best_model.pth").read_bytes())
+    before = best.read_bytes()
+    assert "seed" in refusal(capsys, arguments(study_csv, tmp_path, "--seed", "5"))
+    assert best.read_bytes() == before
+
+
+def test_networks_that_the_table_does_not_have(study_csv, tmp_path, capsys):
+    assert "opt.pattern_networks" in refusal(capsys, arguments(study_csv, tmp_path, "--pattern_networks", "visual"))
+
+
 def test_devices_and_processes_that_are_not_there(study_csv, tmp_path, capsys, monkeypatch):
     message = refusal(capsys, arguments(study_csv, tmp_path, "--device", "cuda:99"))
     assert "opt.device = 'cuda:99'" in message and "choose auto or cpu" in message

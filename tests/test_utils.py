@@ -39,6 +39,8 @@ def test_both_presets_are_valid():
     ("epochs", True, ["opt.epochs = True", "int"]),
     ("epochs", 0, ["opt.epochs = 0", "at least 1"]),
     ("learning_rate", float("nan"), ["opt.learning_rate = nan"]),
+    ("pattern_weight", float("inf"), ["opt.pattern_weight = inf"]),
+    ("eta", 1e300, ["opt.eta"]),
     ("fusion", "middle", ["opt.fusion = 'middle'", "late, early"]),
     ("image_size", (64, 64), ["opt.image_size", "each axis at least 11"]),
     ("image_size", {"t1": 64, "t2": 64}, ["t1, t2", "opt.modalities"]),
@@ -169,15 +171,15 @@ def test_a_grid_shows_its_volumes_in_place(tmp_path):
 
 
 def test_a_continued_log_drops_what_comes_again(tmp_path):
-    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 0, False)
+    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 0, "a")
     for step in range(1, 6):
         log.write("training", step, loss=step / 3)
-    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 3, True)
+    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 3, "a")
     log.write("training", 4, loss=9.0)
     with open(tmp_path / "log.csv") as file:
         assert [(row["step"], row["loss"]) for row in csv.DictReader(file)][2:] == [("3", "1"), ("4", "9")]
     with pytest.raises(LogError, match="result_dir"):
-        Log(tmp_path / "log.csv", ("kind", "step"), 0, False)
+        Log(tmp_path / "log.csv", ("kind", "step"), 3, "b")
 
 
 # ---- checkpoints

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -19,19 +20,19 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint:
-    """Where a run stands: `step`, `best`, the named parts (with state_dict and load_state_dict) and the run's facts.
+    """Where a run stands: `step`, `best`, its `run_id`, the named parts (with state_dict and load_state_dict).
 
     facts: plain values that rebuild and identify the run: options, model arguments, fingerprints, normalisation.
     """
 
     def __init__(self, stage: str, parts: dict[str, object], facts: dict, best: float):
         self.stage, self.parts, self.facts = stage, parts, facts
-        self.step, self.best = 0, best
+        self.step, self.best, self.run_id = 0, best, uuid.uuid4().hex
 
     def save(self, path: Path) -> None:
         """Write to a temporary file, flush it to the disk, and rename: `path` always holds a whole checkpoint."""
-        state = {"format": FORMAT, "stage": self.stage, "step": self.step, "best": self.best, **self.facts,
-                 **{name: part.state_dict() for name, part in self.parts.items()}}
+        state = {"format": FORMAT, "stage": self.stage, "step": self.step, "best": self.best, "run_id": self.run_id,
+                 **self.facts, **{name: part.state_dict() for name, part in self.parts.items()}}
         temporary = path.with_name(f".{path.name}.part")
         try:
             with open(temporary, "wb") as file:
@@ -44,7 +45,7 @@ class Checkpoint:
 
     def load(self, state: dict) -> None:
         """Take over a state that `read_checkpoint` returned and `refuse_another_run` accepted."""
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.run_id = state["step"], state["best"], state["run_id"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 

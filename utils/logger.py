@@ -14,21 +14,22 @@ class LogError(ValueError):
 class Log:
     """Appends rows to a CSV file. A continued run first drops the rows after its step.
 
-    columns: the first two must be "kind" (training or validation) and "step". Raises LogError where a run starts anew
-    but the file holds the steps of another one.
+    columns: the first two must be "kind" (training or validation) and "step". run_id: the same for a run and its
+    continuations, kept in run_id.txt beside the log. Raises LogError where the file holds the steps of another run.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], step: int, continued: bool):
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int, run_id: str):
         self.path, self.columns = path, columns
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        kept, owner = [], path.with_name("run_id.txt")
         if path.exists():
             with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
             kept = [row for row in rows if int(row["step"]) <= step]
-            if rows and not continued:
+            if rows and (not owner.exists() or owner.read_text() != run_id):
                 raise LogError(f"{path} belongs to a run whose checkpoint is not in opt.checkpoint_dir. It is left as "
                                "it is; set opt.result_dir to another folder, or move the old results away")
+        owner.write_text(run_id)
         temporary = path.with_name(f".{path.name}.part")
         with open(temporary, "w", newline="") as file:
             rows = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")

@@ -58,8 +58,8 @@ class Optimiser:
             self.bad_in_a_row += 1
             if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
                 raise TrainingError(f"step {step}: loss or gradient was not finite {self.bad_in_a_row} times in a row, "
-                                    f"last with {', '.join(subjects)}. The last checkpoint is sound; lower "
-                                    'opt.learning_rate, or set opt.precision = "fp32", and run the same command')
+                                    f"last with {', '.join(subjects)}; none of these was taken. Start again in another "
+                                    'opt.checkpoint_dir with a lower opt.learning_rate or opt.precision = "fp32"')
         self.adam.zero_grad(set_to_none=True)
         return norm
 
