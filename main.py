@@ -2,9 +2,10 @@
 
     python main.py                                                              stage 1
     python main.py --refine --resume_path ./checkpoints/best_model.pth          stage 2
+    python main.py --check                                                      read the study, report all problems
 
-Exit status: 0 finished; 2 refused, with a message that says what to change; 3 stopped early: the same command
-continues.
+Exit status: 0 finished, or checked and ready; 2 refused, or checked and not ready, with a message that says what to
+change; 3 stopped early: the same command continues.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ import train
 import train_refine
 from data import phantom
 from data.atlas import AtlasError, roi_centres
-from data.pairs import PairError, find_pairs, split_subjects
+from data.cache import Reading
+from data.check import check_study, table, write_problems
+from data.pairs import Pair, find_pairs
+from data.problems import DataError, Problem, refuse
+from data.split import split_subjects
 from data.study import Study
-from data.volumes import VolumeError
 from models.unet import DualModalUNet
 from opt import PRESETS, OptionError, opt, small
 from utils.arguments import parse_arguments
@@ -34,25 +38,56 @@ from utils.optimise import TrainingError, use_bfloat16
 FINISHED, REFUSED, STOPPED = 0, 2, 3
 
 
-def read_study(opt) -> Study:
-    """Find, check, decode and split the pairs that opt describes; says what was left out."""
+def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
+    """The pairs that opt describes, what is wrong with them, and how each modality is read."""
     root = Path(opt.data_root)
     if root == Path(small().data_root) and not (root / phantom.COMPLETE).exists():
         print(f"Writing the demo data set to {root} ...")
         phantom.write_demo(root, lambda subjects: tqdm(subjects, unit="subject"))
-    pairs, notes = find_pairs(root, tuple(opt.modalities))
-    for note in notes:
-        print(f"note: {note}")
+    pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix)
+    try:
+        sizes = opt.image_sizes()
+    except OptionError:  # only a check comes here without: it suggests them
+        sizes = {name: None for name in opt.modalities}
+    reduce, intensity = opt.per_modality("reduce"), opt.per_modality("intensity")
+    return pairs, problems, {name: Reading(name, sizes[name], reduce[name], opt.resize, intensity[name])
+                             for name in opt.modalities}
+
+
+def check(opt) -> bool:
+    """Read every volume and print (and write to check.csv) all problems at once; returns whether training can start."""
+    pairs, problems, readings = find_study(opt)
+    problems, summary = check_study(pairs, problems, readings,
+                                    lambda seen: tqdm(seen, desc="reading", unit="volume", total=2 * len(pairs)))
+    if pairs:
+        try:
+            split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
+        except DataError as error:
+            problems += error.problems
+    fatal = sum(problem.fatal for problem in problems)
+    if problems:
+        print(f"{table(problems, Path(opt.data_root))}\n")
+    write_problems(Path(opt.result_dir) / "check.csv", problems)
+    print(f"{summary}\n{f'not ready: problems to solve: {fatal}' if fatal else 'ready to train'}"
+          f"{f'; to know about: {len(problems) - fatal}' if len(problems) > fatal else ''}")
+    return not fatal
+
+
+def read_study(opt) -> Study:
+    """Find, check, decode and split the pairs that opt describes; says what was left out."""
+    pairs, problems, readings = find_study(opt)
+    notes = refuse(problems)
     roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
-    study = Study(pairs, roles, opt.image_sizes(), opt.reductions(), opt.resize, Path(opt.cache_dir),
+    study = Study(pairs, roles, readings, Path(opt.cache_dir),
                   lambda each: tqdm(each, desc="reading volumes", unit="pair", disable=None))
+    for note in [*notes, *study.problems]:
+        print(f"note: {note}")
     with_pattern = study.set_pattern(tuple(opt.pattern_networks), opt.pattern_radius, opt.space)
     if opt.pattern_weight and with_pattern < len(pairs):
         print(f"note: {len(pairs) - with_pattern} of {len(pairs)} pairs are not known to be in MNI space; the loss "
               'weighs no brain networks there (opt.space = "mni" if they are)')
     if apart := study.apart():
-        print(f"note: the two fields of view differ by more than a voxel in {len(apart)} of {len(pairs)} pairs, first "
-              f"{apart[0]}; PDS overlays the two grids edge to edge, so co-register and crop them alike")
+        print(f"note: {len(apart)} of {len(pairs)} pairs, first {apart[0].subject}: {apart[0].what}; {apart[0].remedy}")
     if opt.folds == 1:
         print("note: opt.folds = 1: the subjects trained on are also validated and reported on; scores say nothing "
               "about new subjects")
@@ -111,30 +146,34 @@ def make_writable(*folders: str) -> None:
                               "choose another opt.checkpoint_dir, opt.result_dir or opt.cache_dir") from error
 
 
-def run(settings) -> bool:
-    """Validate, read the data, describe, and train the stage that the settings ask for; returns whether it finished."""
+def run(settings) -> int:
+    """Validate, then check the study, or read and describe it and train the stage asked for; returns the exit status.
+    """
     settings.validate()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("several processes are not supported yet; start it as python main.py")
     device = choose_device(settings.device)
     roi_centres(tuple(settings.pattern_networks))  # refuses unknown names before any data is read
     allow_many_files()
+    if settings.check:
+        make_writable(settings.result_dir)
+        return FINISHED if check(settings) else REFUSED
     state = None
     if settings.refine:  # before any data is read
         state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))
     make_writable(settings.checkpoint_dir, settings.result_dir, settings.cache_dir)
     study = read_study(settings)
     describe(settings, study, device)
-    if settings.refine:
-        return train_refine.train_refine(settings, study, device, state)
-    return train.train(settings, study, device)
+    finished = (train_refine.train_refine(settings, study, device, state) if settings.refine
+                else train.train(settings, study, device))
+    return FINISHED if finished else STOPPED
 
 
 def main(argv: list[str]) -> int:
     settings = parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0])
     try:
-        return FINISHED if run(settings) else STOPPED
-    except (OptionError, AtlasError, PairError, VolumeError, CheckpointError, LogError, TrainingError) as error:
+        return run(settings)
+    except (OptionError, AtlasError, DataError, CheckpointError, LogError, TrainingError) as error:
         print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

@@ -32,19 +32,32 @@ class Options:
     # stage 1: the run to continue (empty: last_model.pth of checkpoint_dir). Stage 2: the stage-1 model to refine,
     # or a stage-2 checkpoint to continue
     resume_path: str = ""
+    # train nothing: read every volume to its end and report all problems of the study at once, with a summary
+    check: bool = False
 
     # ---- Data
     # CSV/TSV (columns: subject, one per modality, optionally session, group, fold) or a BIDS tree.
     # The default is the demo, which is written there on first use
     data_root: str = "./data/demo"
     modalities: tuple[str, ...] = ("fmri", "dmri")  # the two modalities: column names, or fmri and dmri in a BIDS tree
+    # BIDS: how a modality's file names end before .nii.gz. Known: fmri=bold dmri=dwi; others end in their own name
+    # (T1w, FLAIR). For example fmri=space-MNI152NLin2009cAsym_desc-preproc_bold; * stands for anything
+    bids_suffix: dict = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()  # subjects, or single visits (sub-01_ses-2), to leave out
     # voxels, in RAS order: one int, three ints, or one entry per modality. Every volume must have this size,
     # unless resize says otherwise. On the command line: 64, 64x64x32, or fmri=32x32x18 dmri=48x48x30
     image_size: int | tuple | dict = field(default_factory=lambda: {"fmri": (32, 32, 18), "dmri": (48, 48, 30)})
-    # "none" refuses a volume of another size; "resample" interpolates it onto image_size over the same field of view
-    resize: Literal["none", "resample"] = "none"
+    # "none" refuses a volume of another size; "resample" interpolates it onto image_size over the same field of view;
+    # "pad_crop" keeps its voxels and pads or cuts around its centre. Outputs go back to each file's own grid
+    resize: Literal["none", "resample", "pad_crop"] = "none"
     # how a 4-D file becomes a volume: mean, std, first, b0 or shell (needs the .bval beside it), or one per modality
     reduce: str | dict = "mean"
+    # which intensities become -1 and 1: "percentile" (0.1 and 99.9, robust against outliers) or "minmax" of a volume,
+    # "brain_percentile" or "brain_minmax" of its brain (largest part above Otsu's threshold); or one per modality
+    intensity: str | dict = "percentile"
+    # at random, per pair and step, both modalities alike: "flip" (left-right), "affine" (5 degrees, 5 %, 3 mm),
+    # "intensity" (bent scale of grey). For example ("flip", "affine", "intensity"); () for none
+    augment: tuple[str, ...] = ()
     # where the volumes live: "mni", "native", or "auto" (MNI for the demo and for files named space-MNI...).
     # The brain networks of the pattern-aware loss are only known in MNI space
     space: Literal["auto", "mni", "native"] = "auto"
@@ -132,16 +145,18 @@ class Options:
                               f"{names}; give one size, or one for each of these two")
         return {name: _three_ints(size[name]) for name in names}
 
-    def reductions(self) -> dict[str, str]:
-        """`reduce` spelt out: modality -> name of the reduction of 4-D files."""
-        named = self.reduce if isinstance(self.reduce, dict) else {name: self.reduce for name in self.modalities}
+    def per_modality(self, name: str) -> dict[str, str]:
+        """`reduce` or `intensity` spelt out: modality -> choice. Raises OptionError where it is not for both."""
+        value = getattr(self, name)
+        named = value if isinstance(value, dict) else {each: value for each in self.modalities}
         if set(named) != set(self.modalities):
-            raise OptionError(f"opt.reduce = {self.reduce!r} must be one name, or one for each of {self.modalities}")
-        return {name: named[name] for name in self.modalities}
+            raise OptionError(f"opt.{name} = {value!r} must be one name, or one for each of {self.modalities}")
+        return {each: named[each] for each in self.modalities}
 
     def resolved(self) -> dict:
         """As `as_dict`, with what is given per modality spelt out: what a run is recognised by and saved with."""
-        return {**self.as_dict(), "image_size": self.image_sizes(), "reduce": self.reductions()}
+        return {**self.as_dict(), "image_size": self.image_sizes(),
+                **{name: self.per_modality(name) for name in ("reduce", "intensity")}}
 
     def network_arguments(self) -> dict:
         """What the networks of both stages are built from, besides the image sizes."""
@@ -155,9 +170,11 @@ class Options:
         problems += _wrong_types(self) or [f"opt.{name} = {getattr(self, name)!r}: {remedy}"
                                            for name, wrong, remedy in _rules(self) if wrong]
         if not problems:
-            for spelt_out in (self.image_sizes, self.reductions):
+            sizes = () if self.check else (self.image_sizes,)  # the check suggests them
+            for spell_out in (*sizes, lambda: self.per_modality("reduce"),
+                              lambda: self.per_modality("intensity")):
                 try:
-                    spelt_out()
+                    spell_out()
                 except OptionError as error:
                     problems.append(str(error))
         if problems:
@@ -210,8 +227,10 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
     not_negative = ("attention_tokens", "eta", "pattern_weight", "microstructure_weight", "max_steps", "warmup_steps",
                     "gradient_clip", "max_minutes", "seed")
     fractions = ("validation_fraction", "dropout", "ema_decay", "coarse_dropout")
-    from_file = {"mean", "std", "first", "b0", "shell"}
-    reductions = o.reduce.values() if isinstance(o.reduce, dict) else [o.reduce]
+    names = {"reduce": ("mean", "std", "first", "b0", "shell"), "augment": ("flip", "affine", "intensity"),
+             "intensity": ("percentile", "minmax", "brain_percentile", "brain_minmax")}
+    chosen = {name: value.values() if isinstance(value := getattr(o, name), dict) else
+              [value] if isinstance(value, str) else value for name in names}
     return [
         *((name, getattr(o, name) < 1, "must be at least 1") for name in at_least_one),
         *((name, getattr(o, name) < 0, "must not be negative") for name in not_negative),
@@ -221,7 +240,10 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
         ("modalities", len(o.modalities) != 2 or len(set(o.modalities)) != 2
          or not all(name.isidentifier() for name in o.modalities),
          "give two different names made of letters, digits and _"),
-        ("reduce", not set(reductions) <= from_file, f"choose from {', '.join(sorted(from_file))}"),
+        *((name, not set(chosen[name]) <= set(names[name]), f"choose from {', '.join(names[name])}") for name in names),
+        ("bids_suffix", not set(o.bids_suffix) <= set(o.modalities)
+         or not all(isinstance(each, str) and each and "/" not in each for each in o.bids_suffix.values()),
+         f"name a modality of {o.modalities} and how its file names end, for example fmri=desc-preproc_bold"),
         ("fold", not 0 <= o.fold < max(o.folds, 1), f"with opt.folds = {o.folds} it must be 0 .. {o.folds - 1}"),
         ("timesteps", o.timesteps < 2, "must be at least 2"),
         ("sampling_steps", not 1 <= o.sampling_steps <= o.timesteps,

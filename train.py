@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.pairs import write_split
+from data.augment import PairTransform
+from data.grids import spacing_of
+from data.intensity import to_units
+from data.split import write_split
 from data.study import Study, epoch_batches
-from data.volumes import to_units, write_volume
+from data.volumes import write_volume
 from models.backbone import Backbone
 from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
 from utils.checkpoint import Checkpoint, read_checkpoint, refuse_another_run
 from utils.ema import EMA
-from utils.figures import Panel, save_grid, spacing_of
+from utils.figures import Panel, save_grid
 from utils.logger import Log
 from utils.optimise import Optimiser, StopRequest, use_bfloat16
 
@@ -33,7 +36,7 @@ STAGE = "stage 1"
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
-FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
+FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
                 "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampling_steps",
                 "eta", "device", "refine_learning_rate", "refine_epochs", "microstructure_weight", "coarse",
                 "coarse_samples", "coarse_dropout", "warm_start"}
@@ -52,11 +55,29 @@ def total_steps(opt, epochs: int, pairs: int) -> int:
     return min(steps, opt.max_steps) if opt.max_steps else steps
 
 
+def augmentation(opt, study: Study, batch: list[int], step: int) -> PairTransform | None:
+    """What opt.augment does to the pairs of this batch; keyed by (seed, step, place), None where nothing is asked."""
+    if not opt.augment:
+        return None
+    return PairTransform(opt.augment, study.modalities, study.extent(),
+                         [keyed_generator(opt.seed, Purpose.AUGMENT, step, place) for place in range(len(batch))])
+
+
+def load_batch(study: Study, batch: list[int], transform: PairTransform | None,
+               device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Volumes and pattern masks of these pairs, {modality: (B, 1, X, Y, Z)}, augmented, on the device."""
+    volumes, masks = study.volumes(batch), study.masks(batch)
+    if transform:
+        volumes = {name: transform.volume(name, volume) for name, volume in volumes.items()}
+        masks = {name: transform.mask(mask) for name, mask in masks.items()}
+    return ({name: volume.to(device) for name, volume in volumes.items()},
+            {name: mask.to(device) for name, mask in masks.items()})
+
+
 def diffusion_loss(backbone: Backbone, opt, study: Study, batch: list[int], step: int) -> torch.Tensor:
     """The pattern-aware loss of one batch, both directions; noise and timesteps are keyed by (seed, step, place)."""
     device, diffusion = backbone.device, backbone.diffusion
-    x0 = {name: volume.to(device) for name, volume in study.volumes(batch).items()}
-    masks = {name: mask.to(device) for name, mask in study.masks(batch).items()}
+    x0, masks = load_batch(study, batch, augmentation(opt, study, batch, step), device)
     keys = [(step, place) for place in range(len(batch))]
     noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
     noise = {name: each.to(device) for name, each in noise.items()}

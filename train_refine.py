@@ -17,20 +17,22 @@ import torch
 from tqdm import tqdm
 
 from data.coarse import CoarseVolumes
-from data.pairs import write_split
+from data.grids import spacing_of
+from data.intensity import brain_region, to_units
+from data.split import write_split
 from data.study import Study, epoch_batches
-from data.volumes import to_units, write_volume
+from data.volumes import write_volume
 from models.backbone import Backbone
 from models.diffusion import Purpose, keyed_generator
 from models.losses import blend_weights, microstructure_loss, tissue_loss
 from models.refine import RefineNet
 from train import STAGE as STAGE_1
-from train import continue_run, model_facts, total_steps
+from train import augmentation, continue_run, load_batch, model_facts, total_steps
 from utils.checkpoint import Checkpoint, CheckpointError, content_hash, read_checkpoint, refuse_another_run
 from utils.ema import EMA
-from utils.figures import Panel, save_grid, spacing_of
+from utils.figures import Panel, save_grid
 from utils.logger import Log
-from utils.metrics import brain_region, psnr, score, summary, write_metrics
+from utils.metrics import psnr, score, summary, write_metrics
 from utils.optimise import Optimiser, StopRequest, use_bfloat16
 
 save_every = 100  # steps between two sample grids in results/
@@ -40,11 +42,12 @@ COARSE_BATCH = 8  # samples drawn at once
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "tissue_loss", "microstructure_loss", "gradient_norm", "learning_rate",
                "psnr")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
-FREE_OPTIONS = {"refine", "resume_path", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
+FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
                 "device", "learning_rate"}
 # What must be the same in both stages, or subjects that the backbone was trained on would be tested on
-DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "folds", "fold", "validation_fraction", "seed")
+DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "intensity", "folds", "fold",
+                "validation_fraction", "seed")
 
 
 class Refinement:
@@ -108,11 +111,12 @@ def refinement_losses(network: RefineNet, work: Refinement, batch: list[int],
     Sometimes the coarse volume is withheld (the mean volume stands in), so that refinement does not over-trust it.
     """
     opt, device = work.opt, work.device
-    truth = {name: volume.to(device) for name, volume in work.study.volumes(batch).items()}
-    masks = {name: mask.to(device) for name, mask in work.study.masks(batch).items()}
+    transform = augmentation(opt, work.study, batch, step)
+    truth, masks = load_batch(work.study, batch, transform, device)
     tissue = microstructure = torch.zeros((), device=device)
     for place, (source, target) in enumerate(network.directions):
-        coarse = work.coarse.volumes(source, target, batch).to(device)
+        coarse = work.coarse.volumes(source, target, batch)
+        coarse = (transform.volume(target, coarse) if transform else coarse).to(device)
         draw = torch.rand(len(batch), generator=keyed_generator(opt.seed, Purpose.WITHHOLD, step, place)).to(device)
         coarse = torch.where((draw < opt.coarse_dropout)[:, None, None, None, None], work.means[target], coarse)
         with work.autocast():

@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from data import phantom
+from data.intensity import normalise, scale
 from data.pairs import find_pairs
-from data.volumes import normalise, read_volume, scale
+from data.volumes import read_volume
 from utils.metrics import psnr
 
 
 def ceiling(path: Path, anatomy: phantom.Anatomy, modality: str) -> float:
     """PSNR in dB of the noise-free rendering against the scan in `path`, both in the scan's own [-1, 1]."""
-    truth, low, high = normalise(read_volume(path)[0], path)
+    truth, low, high = normalise(read_volume(path).voxels, path)
     clean = phantom.render(anatomy, modality, noise=False).mean(-1) * phantom.FULL_SCALE
     return psnr(scale(clean, low, high) - truth)
 

@@ -4,44 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.atlas import pattern_mask, roi_centres
-from data.files import replace_file
+from data.cache import Reading, cached_volume, identical_scans
+from data.grids import compare_fields, spacing_of
 from data.pairs import Pair, in_mni_space
-from data.volumes import VolumeError, b_values_file, normalise, read_volume, resample
-
-CACHE_FORMAT = 1  # raise it whenever the way from file to volume changes
+from data.problems import Problem, refuse
 
 
 class Study:
     """The pairs of two modalities. Volumes and masks come as {modality: tensor (B, 1, X, Y, Z)}.
 
-    sizes: modality -> (X, Y, Z); roles: {"train", "validation", "test"} -> positions in pairs;
-    ranges[modality]: (N, 2) intensities, in file units, that became -1 and 1; affines[modality]: N of (4, 4).
+    readings: modality -> how its files are read; roles: {"train", "validation", "test"} -> positions in pairs;
+    ranges[modality]: (N, 2) intensities, in file units, that became -1 and 1; affines[modality]: N of (4, 4);
+    problems: what was found and is only to be told. Raises VolumeError, and PairError for scans that are there twice.
     """
 
-    def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], sizes: dict[str, tuple[int, int, int]],
-                 reduce: dict[str, str], resize: str, cache_dir: Path, progress=iter):
-        self.pairs, self.roles, self.sizes = pairs, roles, sizes
-        self.modalities = tuple(sizes)
-        self._volumes = {name: [] for name in sizes}
-        self.ranges = {name: [] for name in sizes}
-        self.affines = {name: [] for name in sizes}
+    def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], readings: dict[str, Reading], cache_dir: Path,
+                 progress=iter):
+        self.pairs, self.roles = pairs, roles
+        self.sizes = {name: tuple(reading.size) for name, reading in readings.items()}
+        self.modalities = tuple(readings)
+        self._volumes = {name: [] for name in readings}
+        self.ranges = {name: [] for name in readings}
+        self.affines = {name: [] for name in readings}
         self._masks: dict[tuple, torch.Tensor] = {}
         self.pattern_centres, self.pattern_radius, self.in_mni = None, 0.0, [False] * len(pairs)
-        content = hashlib.sha256()
+        content, scans, self.problems = hashlib.sha256(), [], []
         for pair in progress(pairs):
-            for name in sizes:
-                volume, facts = cached_volume(pair.files[name], name, reduce[name], sizes[name], resize, cache_dir)
+            for name, reading in readings.items():
+                volume, facts = cached_volume(pair.files[name], reading, cache_dir)
                 self._volumes[name].append(volume)
                 self.ranges[name].append((facts["low"], facts["high"]))
                 self.affines[name].append(np.array(facts["affine"]))
-                content.update(f"{pair.name} {name} {facts['crc']}".encode())
+                scans.append((pair.name, pair.files[name], facts["content"]))
+                content.update(f"{pair.name} {name} {facts['content']}".encode())
+                if facts["repaired"]:
+                    self.problems.append(repaired(pair, name, facts["repaired"]))
+        refuse(identical_scans(scans))
         self.fingerprint = content.hexdigest()
         self.split_fingerprint = hashlib.sha256(json.dumps(
             {role: [pairs[i].name for i in members] for role, members in roles.items()}).encode()).hexdigest()
@@ -52,18 +56,17 @@ class Study:
         self.in_mni = [space == "mni" or (space == "auto" and in_mni_space(pair)) for pair in self.pairs]
         return sum(self.in_mni)
 
-    def apart(self) -> list[str]:
-        """Names of the pairs whose two fields of view differ by more than one (larger) voxel at some corner, in mm."""
-        names, corners = [], np.array([(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)])
-        for i, pair in enumerate(self.pairs):
-            ends, voxel = [], 0.0
-            for name, size in self.sizes.items():
-                affine = self.affines[name][i]
-                ends.append((corners * size - 0.5) @ affine[:3, :3].T + affine[:3, 3])
-                voxel = max(voxel, np.linalg.norm(affine[:3, :3], axis=0).max())
-            if np.linalg.norm(ends[0] - ends[1], axis=1).max() > voxel:
-                names.append(pair.name)
-        return names
+    def apart(self) -> list[Problem]:
+        """The pairs whose two fields of view differ by more than one (larger) voxel at some corner, in mm."""
+        return [problem for i, pair in enumerate(self.pairs)
+                if (problem := fields_apart(pair, {name: (self.affines[name][i], self.sizes[name])
+                                                   for name in self.modalities}))]
+
+    def extent(self) -> torch.Tensor:
+        """(3,) mm, median over the pairs of the first modality's field of view, which both are overlaid on."""
+        name = self.modalities[0]
+        sides = [spacing_of(affine) * self.sizes[name] for affine in self.affines[name]]
+        return torch.from_numpy(np.median(sides, axis=0))
 
     def volumes(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1], copied out of the memory map."""
@@ -96,6 +99,22 @@ class Study:
         return float(low), float(high)
 
 
+def repaired(pair: Pair, name: str, count: int) -> Problem:
+    """What is told about voxels that were no numbers."""
+    return Problem(str(pair.files[name]), f"{count} voxels were NaN or infinite",
+                   "they are set to the smallest finite value; look at the volume", pair.name, fatal=False)
+
+
+def fields_apart(pair: Pair, grids: dict[str, tuple[np.ndarray, tuple]]) -> Problem | None:
+    """A problem, not fatal, where the fields of view of the two grids (affine, size) are not the same."""
+    overlap, distance = compare_fields(*grids.values())
+    if overlap and distance <= max(spacing_of(affine).max() for affine, _ in grids.values()):
+        return None
+    what = f"differ by up to {distance:.0f} mm" if overlap else "do not overlap in space"
+    return Problem(" and ".join(pair.files[name].name for name in grids), f"their fields of view {what}",
+                   "PDS overlays the two grids edge to edge: co-register and crop them alike", pair.name, fatal=False)
+
+
 def epoch_batches(positions: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """All positions once, shuffled by (seed, epoch) alone, so that a continued run sees the same order.
 
@@ -103,40 +122,3 @@ def epoch_batches(positions: list[int], batch_size: int, seed: int, epoch: int) 
     """
     order = np.random.default_rng([seed, epoch]).permutation(positions).tolist()
     return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def cached_volume(path: Path, modality: str, reduce: str, size: tuple[int, int, int], resize: str,
-                  cache_dir: Path) -> tuple[np.ndarray, dict]:
-    """One file as it is trained on: (memory-mapped volume (X, Y, Z) in [-1, 1], facts: low, high, affine, crc).
-
-    Decoded once: the cache is keyed by path, size and time of the file and by all settings. Raises VolumeError.
-    """
-    try:
-        state = path.stat()
-    except OSError:
-        raise VolumeError(f"{path}: there is no such file; correct the path in the manifest") from None
-    beside = b_values_file(path)
-    b_values = beside.read_bytes() if reduce in ("b0", "shell") and beside.exists() else b""
-    key = hashlib.sha256(repr((CACHE_FORMAT, str(path.resolve()), state.st_size, state.st_mtime_ns, reduce, size,
-                               resize, b_values)).encode()).hexdigest()[:32]
-    voxels_file, facts_file = cache_dir / f"{key}.npy", cache_dir / f"{key}.json"
-    if not (facts_file.exists() and voxels_file.exists()):
-        volume, affine = read_volume(path, reduce)
-        if volume.shape != tuple(size):
-            volume, affine = _resized(volume, affine, path, modality, size, resize)
-        volume, low, high = normalise(volume, path)
-        facts = {"low": low, "high": high, "affine": affine.tolist(), "crc": zlib.crc32(volume.tobytes())}
-        replace_file(voxels_file, lambda file: np.save(file, volume))
-        # last: that the facts are there says that the voxels are
-        replace_file(facts_file, lambda file: file.write(json.dumps(facts).encode()))
-    return np.load(voxels_file, mmap_mode="r"), json.loads(facts_file.read_text())
-
-
-def _resized(volume: np.ndarray, affine: np.ndarray, path: Path, modality: str, size: tuple[int, int, int],
-             resize: str) -> tuple[np.ndarray, np.ndarray]:
-    if resize == "resample":
-        return resample(volume, affine, size)
-    found, wanted = ("x".join(map(str, shape)) for shape in (volume.shape, size))
-    raise VolumeError(f"{path}: has size {found}, but opt.image_size asks {wanted} of {modality}; set opt.image_size "
-                      f'(on the command line --image_size {modality}={found}, and the other modality likewise) '
-                      f'or opt.resize = "resample"')

@@ -1,70 +1,164 @@
 """One NIfTI file in, one volume out; and back. Volumes are float32 (X, Y, Z) in canonical RAS order.
 
-Intensities: `normalise` maps the range between two percentiles to [-1, 1]; `to_units` goes back.
+Nothing in a file is trusted: the header is checked against the file's size before any voxel is read, and every file
+is read to its end, because a cut or damaged .nii.gz opens well and shows its shape.
 """
 
 from __future__ import annotations
 
+import gzip
+import math
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.processing import resample_from_to
-from scipy.ndimage import affine_transform
 
-PERCENTILES = (0.1, 99.9)  # of all voxels: the intensities that become -1 and +1
+from data.grids import onto_grid
+from data.problems import VolumeError
+
 SHELL_TOLERANCE = 50.0  # s/mm^2: b-values up to this count as b0
-
-
-UNREADABLE = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError,
+REDUCTIONS = ("mean", "std", "first", "b0", "shell")
+MOST_VOXELS = 2**27  # of one time point (512 x 512 x 512): larger ones do not fit this method or the memory
+MOST_HEADER = 2**24  # bytes before the voxels
+MOST_BEHIND = 2**20  # bytes after the voxels
+MOST_DEFLATE = 1100  # no gzip file holds more bytes than this per byte of its own (deflate reaches 1032)
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, OverflowError, zlib.error, nib.filebasedimages.ImageFileError,
               nib.spatialimages.HeaderDataError)
+AGAIN = "fetch or convert the file again"
+EXCLUDE = "repair the file, or leave the subject out (opt.exclude)"
 
 
-class VolumeError(ValueError):
-    """A file that cannot be used; the message names the file, what is wrong, and what to do."""
+@dataclass(frozen=True)
+class Scan:
+    """A file as it was read, in RAS order."""
+
+    voxels: np.ndarray  # (X, Y, Z) float32
+    affine: np.ndarray  # (4, 4), voxel -> mm
+    repaired: int = 0  # voxels that were NaN or infinite
+    orientation: str = "RAS"  # of the file, "?" where its header has none
+    time_points: int = 1
 
 
-def read_volume(path: Path, reduce: str = "mean") -> tuple[np.ndarray, np.ndarray]:
+def read_volume(path: Path, reduce: str = "mean") -> Scan:
     """Read a 3-D or 4-D NIfTI file to its end.
 
-    Returns (volume (X, Y, Z) float32 in RAS order, affine (4, 4) of that order). 4-D files are reduced by `reduce`:
-    mean, std, first, b0 or shell (the last two take their b-values from the .bval file beside the image).
-    NaN and infinite voxels become the smallest finite value. Raises VolumeError.
+    4-D files are reduced by `reduce`: mean, std, first, b0 or shell (mean of the volumes with b <= 50 or b > 50 s/mm^2,
+    from the .bval file beside the image), one time point in memory at a time. NaN and infinite voxels become the
+    smallest finite value and are counted. Raises VolumeError.
     """
+    _check_to_the_end(path, _check_header(path))
     try:
-        image = nib.load(path)
-        shape, kind = image.shape, image.get_data_dtype()
-        if kind.fields or kind.kind == "c":
-            raise ValueError(f"its voxels are {'colours' if kind.fields else 'complex'}, not one number each")
-        voxels = np.asarray(image.dataobj, dtype=np.float32)
-    except FileNotFoundError:
-        raise VolumeError(f"{path}: there is no such file; correct the path in the manifest") from None
+        # kept open: a compressed series is then unpacked once, not from its start for every time point
+        image = nib.load(path, keep_file_open=True)
+        affine = np.asarray(image.affine, dtype=np.float64)
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            raise VolumeError(path, "its affine is no invertible matrix", "repair the header (qform or sform)")
+        count = math.prod(image.shape[3:])
+        voxels = reduce_series(_time_points(image), count, reduce, path) if count > 1 else next(_time_points(image))
+    except VolumeError:
+        raise
     except UNREADABLE as error:
-        raise VolumeError(f"{path}: cannot be read as NIfTI ({_one_line(error)}); "
-                          "fetch or convert the file again") from error
-    while voxels.ndim > 3 and voxels.shape[-1] == 1:
-        voxels = voxels[..., 0]
-    if voxels.ndim not in (3, 4) or min(shape) < 1:
-        raise VolumeError(f"{path}: has size {'x'.join(map(str, shape))}; a 3-D or 4-D image is needed")
-    if voxels.ndim == 4:
-        voxels = reduce_4d(voxels, reduce, path)
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-        raise VolumeError(f"{path}: its affine is no invertible matrix; repair the header (qform or sform)")
-    return _to_ras(_finite(voxels, path), image.affine), nib.as_closest_canonical(_header_only(image)).affine
+        raise VolumeError(path, f"cannot be read as NIfTI ({_one_line(error)})", AGAIN) from error
+    bad = ~np.isfinite(voxels)
+    if bad.all():
+        raise VolumeError(path, "has no finite voxel", EXCLUDE)
+    voxels = np.where(bad, voxels[~bad].min(), voxels).astype(np.float32) if bad.any() else voxels
+    known = bool(image.header["sform_code"] or image.header["qform_code"])
+    return Scan(np.ascontiguousarray(nib.apply_orientation(voxels, nib.io_orientation(affine))),
+                nib.as_closest_canonical(_header_only(image)).affine, int(bad.sum()),
+                "".join(nib.aff2axcodes(affine)) if known else "?", count)
 
 
-def reduce_4d(voxels: np.ndarray, reduce: str, path: Path) -> np.ndarray:
-    """(X, Y, Z, N) -> (X, Y, Z) by mean, std, first, b0 or shell (mean of all volumes with b > 50 s/mm^2)."""
+def _opened(path: Path):
+    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
+
+
+def _check_header(path: Path) -> int:
+    """Refuse, from its first bytes, a file that is no 3-D or 4-D NIfTI image; returns the bytes that it must hold."""
+    if path.is_symlink() and not path.exists():
+        raise VolumeError(path, "is a link to a file that is not here", "fetch it (for example datalad get)")
+    if not path.is_file():
+        raise VolumeError(path, "there is no such file", "correct the path in the manifest")
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(64)
+        if not raw:
+            raise VolumeError(path, "is empty", AGAIN)
+        if raw.startswith(b"version https://git-lfs"):
+            raise VolumeError(path, "is a Git LFS pointer, not the image itself", "fetch it with git lfs pull")
+        if raw.lstrip()[:1] == b"<":
+            raise VolumeError(path, "is a web page or XML, not an image", AGAIN)
+        with _opened(path) as file:
+            start = file.read(540)
+        kind = next((each for each in (nib.Nifti1Header, nib.Nifti2Header) if each.may_contain_header(start)), None)
+        if kind is None:
+            raise VolumeError(path, "cannot be read as NIfTI (its first bytes are another format's)",
+                              "convert it to .nii.gz")
+        header = kind(start[:kind.template_dtype.itemsize], check=False)
+        voxel, ahead = header.get_data_dtype(), float(header["vox_offset"])
+    except UNREADABLE as error:
+        if isinstance(error, VolumeError):
+            raise
+        raise VolumeError(path, f"cannot be read as NIfTI ({_one_line(error)})", AGAIN) from error
+    if voxel.fields or voxel.kind == "c":
+        raise VolumeError(path, f"its voxels are {'colours' if voxel.fields else 'complex'}, not one number each",
+                          "give an image with one real number per voxel")
+    axes = int(header["dim"][0])
+    shape = [int(n) for n in header["dim"][1:axes + 1]] if 0 < axes < 8 else []
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        raise VolumeError(path, f"has size {'x'.join(map(str, shape)) or 'unknown'}", "a 3-D or 4-D image is needed")
+    if math.prod(shape[:3]) > MOST_VOXELS or not 0 <= ahead <= MOST_HEADER:
+        raise VolumeError(path, f"has size {'x'.join(map(str, shape))}, voxels from byte {ahead:.0f}: too large",
+                          "its header may be damaged; otherwise resample it first")
+    return int(ahead) + math.prod(shape) * voxel.itemsize
+
+
+def _check_to_the_end(path: Path, needed: int) -> None:
+    """Unpack a file once, keeping nothing: it must hold all of its image, and the checksum of gzip must agree."""
+    size, packed = path.stat().st_size, path.name.endswith(".gz")
+    if size * (MOST_DEFLATE if packed else 1) < needed:
+        raise VolumeError(path, f"is cut off: its header asks for {needed} bytes, the file has {size}", AGAIN)
+    held = 0 if packed else size
+    try:
+        if packed:
+            with gzip.open(path) as file:
+                while held <= needed + MOST_BEHIND and (block := file.read(2**20)):
+                    held += len(block)
+    except UNREADABLE as error:
+        raise VolumeError(path, f"cannot be read to its end ({_one_line(error)})", AGAIN) from error
+    if held < needed:
+        raise VolumeError(path, f"is cut off: its header asks for {needed} bytes, it holds {held}", AGAIN)
+    if held > needed + MOST_BEHIND:
+        raise VolumeError(path, f"goes on after the {needed} bytes that its header announces", AGAIN)
+
+
+def _time_points(image: nib.Nifti1Image) -> Iterator[np.ndarray]:
+    """The volumes (X, Y, Z), float32, of an image, one after the other."""
+    for place in range(math.prod(image.shape[3:])):
+        index = (slice(None),) * 3 + (place,) * (image.ndim > 3) + (0,) * (image.ndim - 4)
+        yield np.asarray(image.dataobj[index], dtype=np.float32)
+
+
+def reduce_series(points: Iterator[np.ndarray], count: int, reduce: str, path: Path) -> np.ndarray:
+    """`count` volumes (X, Y, Z) -> one, by mean, std, first, b0 or shell."""
+    chosen = np.ones(count, dtype=bool)
     if reduce in ("b0", "shell"):
-        weighted = _b_values(path, voxels.shape[-1]) > SHELL_TOLERANCE
-        chosen = weighted if reduce == "shell" else ~weighted
+        chosen = (_b_values(path, count) > SHELL_TOLERANCE) == (reduce == "shell")
         if not chosen.any():
-            raise VolumeError(f"{path}: its .bval file has no {reduce} volume; set opt.reduce to another reduction")
-        return voxels[..., chosen].mean(axis=-1)
+            raise VolumeError(b_values_file(path), f"has no {reduce} volume", "set opt.reduce to another reduction")
     if reduce == "first":
-        return voxels[..., 0]
-    return voxels.std(axis=-1) if reduce == "std" else voxels.mean(axis=-1)
+        return next(points)
+    mean = squares = 0.0  # Welford's sums, float64
+    for number, point in enumerate((each for each, wanted in zip(points, chosen) if wanted), start=1):
+        apart = point.astype(np.float64) - mean
+        mean = mean + apart / number
+        squares = squares + apart * (point - mean)
+    return (np.sqrt(squares / count) if reduce == "std" else mean).astype(np.float32)
 
 
 def b_values_file(path: Path) -> Path:
@@ -75,21 +169,15 @@ def b_values_file(path: Path) -> Path:
 def _b_values(path: Path, count: int) -> np.ndarray:
     beside = b_values_file(path)
     if not beside.exists():
-        raise VolumeError(f"{path}: opt.reduce needs the b-values, but {beside.name} is not beside it")
+        raise VolumeError(path, f"opt.reduce needs the b-values, but {beside.name} is not beside it",
+                          "put it there, or set opt.reduce to mean, std or first")
     try:
         values = np.atleast_1d(np.loadtxt(beside)).ravel()
-    except ValueError as error:
-        raise VolumeError(f"{beside}: is not a list of b-values ({_one_line(error)})") from error
+    except (ValueError, OSError) as error:
+        raise VolumeError(beside, f"is not a list of b-values ({_one_line(error)})", "correct it") from error
     if len(values) != count:
-        raise VolumeError(f"{beside}: has {len(values)} b-values, the image {count} volumes; they must agree")
+        raise VolumeError(beside, f"has {len(values)} b-values, the image {count} volumes", "they must agree")
     return values
-
-
-def _finite(voxels: np.ndarray, path: Path) -> np.ndarray:
-    bad = ~np.isfinite(voxels)
-    if bad.all():
-        raise VolumeError(f"{path}: has no finite voxel; exclude the subject or repair the file")
-    return np.where(bad, voxels[~bad].min(), voxels) if bad.any() else voxels
 
 
 def _header_only(image: nib.spatialimages.SpatialImage) -> nib.Nifti1Image:
@@ -97,67 +185,24 @@ def _header_only(image: nib.spatialimages.SpatialImage) -> nib.Nifti1Image:
     return nib.Nifti1Image(np.broadcast_to(np.uint8(0), image.shape[:3]), image.affine)
 
 
-def _to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(nib.apply_orientation(voxels, nib.io_orientation(affine)))
-
-
 def _one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def resample(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate a volume (X, Y, Z) linearly onto `size` voxels over the same field of view; returns also its affine.
-
-    Where the grid gets coarser, the volume is averaged over the new voxels first (three taps each way).
-    """
-    zoom = np.array(volume.shape) / np.array(size)  # old voxels per new voxel
-    to_old = np.diag([*zoom, 1.0])
-    to_old[:3, 3] = (zoom - 1) / 2  # voxel edges of both grids coincide
-    shifts = [(-z / 3, 0.0, z / 3) if z > 1 else (0.0,) for z in zoom]
-    samples = [affine_transform(volume, to_old[:3, :3], to_old[:3, 3] + (dx, dy, dz), output_shape=size, order=1,
-                                mode="nearest")
-               for dx in shifts[0] for dy in shifts[1] for dz in shifts[2]]
-    return np.mean(samples, axis=0, dtype=np.float32), affine @ to_old
-
-
-def normalise(volume: np.ndarray, path: Path) -> tuple[np.ndarray, float, float]:
-    """Map the 0.1 and 99.9 percentiles to -1 and 1 and clip; returns the volume and both intensities.
-
-    Raises VolumeError where the volume is constant.
-    """
-    low, high = (float(p) for p in np.percentile(volume, PERCENTILES))
-    if not high > low:  # nearly all voxels alike: fall back to the full range before giving up
-        low, high = float(volume.min()), float(volume.max())
-    if not high > low:
-        raise VolumeError(f"{path}: every voxel is {low:g}; exclude the subject or repair the file")
-    return scale(volume, low, high), low, high
-
-
-def scale(volume: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Intensities in file units -> [-1, 1], clipped."""
-    return np.clip((volume - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32)
-
-
-def to_units(volume: np.ndarray, low: float, high: float) -> np.ndarray:
-    """[-1, 1] -> intensities in file units."""
-    return ((volume + 1) / 2 * (high - low) + low).astype(np.float32)
 
 
 def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray, reference: Path) -> None:
     """Write a RAS volume (X, Y, Z), whose RAS affine is given, as NIfTI in the frame of the file `reference`.
 
-    Shape, affine, spacing and codes equal the reference's; a volume that was resampled goes back to its native grid.
+    Shape, affine, spacing and codes equal the reference's; a volume that was resized goes back to its native grid.
     """
     frame = nib.load(reference)
-    image = nib.Nifti1Image(volume, affine)
     in_ras = nib.as_closest_canonical(_header_only(frame))
-    if image.shape != in_ras.shape or not np.allclose(affine, in_ras.affine, atol=1e-4):
-        image = resample_from_to(image, in_ras, order=1, cval=float(volume.min()))
+    if volume.shape != in_ras.shape or not np.allclose(affine, in_ras.affine, atol=1e-4):
+        volume = onto_grid(volume, affine, in_ras.shape, in_ras.affine)
     back = nib.orientations.ornt_transform(nib.io_orientation(in_ras.affine), nib.io_orientation(frame.affine))
-    voxels = nib.apply_orientation(np.asarray(image.dataobj, dtype=np.float32), back)
+    voxels = nib.apply_orientation(np.asarray(volume, dtype=np.float32), back)
     written = nib.Nifti1Image(voxels, frame.affine)
     for set_form, code in ((written.set_sform, "sform_code"), (written.set_qform, "qform_code")):
-        set_form(frame.affine, int(frame.header[code]) if code in frame.header else 1)
-    written.header.set_xyzt_units(*(frame.header.get_xyzt_units() if code in frame.header else ("mm", "sec")))
+        set_form(frame.affine, int(frame.header[code]))
+    written.header.set_xyzt_units(*frame.header.get_xyzt_units())
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(written, path)

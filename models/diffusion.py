@@ -20,7 +20,7 @@ from torch import Tensor
 class Purpose(IntEnum):
     """Second number of every noise key, so that no two uses share their noise."""
 
-    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT = range(7)
+    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT, AUGMENT = range(8)
 
 
 LARGEST_BETA = 0.999  # as published with the cosine schedule: keeps alpha_bar_T above 0

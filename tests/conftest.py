@@ -29,8 +29,14 @@ def brain(size: tuple[int, int, int], radius: float, contrast: float, seed: int)
     return ((distance < radius) * 0.5 + (distance < radius / 2) * contrast + noise).astype(np.float32) * 900
 
 
-def write_pairs(folder: Path, subjects: int = 6, name: str = "{}_space-MNI_{}.nii.gz") -> Path:
-    """Write a CSV study of tiny pairs; returns the CSV."""
+def turned(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
+    """The same image stored in another orientation."""
+    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine),
+                                                               nib.orientations.axcodes2ornt(codes)))
+
+
+def write_pairs(folder: Path, subjects: int = 6, name: str = "{}_space-MNI_{}.nii.gz", codes: str = "RAS") -> Path:
+    """Write a CSV study of tiny pairs, stored in the orientation `codes`; returns the CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(1, subjects + 1):
@@ -40,8 +46,9 @@ def write_pairs(folder: Path, subjects: int = 6, name: str = "{}_space-MNI_{}.ni
             volume = brain(size, radius, 0.4 if modality == "fmri" else -0.3, 100 * number + len(size))
             affine = np.diag([SPACING[modality]] * 3 + [1.0])
             affine[:3, 3] = -np.array(size) / 2 * SPACING[modality]
+            image = turned(nib.Nifti1Image(volume, affine), codes)
             row[modality] = name.format(row["subject"], modality)
-            nib.save(nib.Nifti1Image(volume, affine), folder / row[modality])
+            nib.save(image, folder / row[modality])
         rows.append(row)
     with open(folder / "pairs.csv", "w", newline="") as file:
         table = csv.DictWriter(file, ["subject", *SIZES])
@@ -65,3 +72,21 @@ def run_program(*words: str, timeout: float = 240) -> subprocess.CompletedProces
     """`python main.py` with these words in a child process."""
     return subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+BOTH = ("fmri", "dmri")
+AFFINE = np.array([[2.0, 0, 0, -10], [0, 3.0, 0, -20], [0, 0, 4.0, -30], [0, 0, 0, 1]])
+LGG = ROOT.parent / "shared/data/lgg/pairs.csv"
+TRACTOR = ROOT.parent / "shared/data/tractor"
+needs_shared = pytest.mark.skipif(not (LGG.exists() and TRACTOR.exists()), reason="the shared volumes are not here")
+
+
+def save(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    """Write a NIfTI file; returns its path."""
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return path
+
+
+def ball(*size: int, seed: int = 0) -> np.ndarray:
+    """Noise around 10, float32."""
+    return np.random.default_rng(seed).normal(10, 2, size).astype(np.float32)

@@ -163,6 +163,36 @@ def test_resampling_takes_any_size(study_csv, tmp_path, capsys):
         assert nib.load(path).shape == SIZES[path.name.split("_")[1]]  # back on the native grid
 
 
+def test_D9_the_program_gives_each_frame_its_own_back(study_csv, tmp_path):
+    """The same study stored as LAS, LPS and RAS: the same synthesis, and each output lies on its source."""
+    made = {}
+    for codes in ("RAS", "LAS", "LPS"):
+        table = write_pairs(tmp_path / codes / "study", codes=codes)
+        words = arguments(table, tmp_path / codes, "--augment", "flip", "affine", "intensity", "--max_steps", "4")
+        assert main.main(words) == 0
+        for path in sorted((tmp_path / codes / "results/stage1/samples").rglob("*.nii.gz")):
+            subject, modality, kind = path.name.removesuffix(".nii.gz").split("_")
+            source = nib.load(table.parent / f"{subject}_space-MNI_{modality}.nii.gz")
+            image = nib.load(path)
+            assert nib.aff2axcodes(image.affine) == tuple(codes) and image.shape == source.shape
+            np.testing.assert_allclose(image.affine, source.affine, atol=1e-5)
+            made.setdefault((subject, modality, kind), []).append(nib.as_closest_canonical(image))
+    assert len(made) == 4
+    for images in made.values():
+        for other in images[1:]:
+            np.testing.assert_allclose(other.affine, images[0].affine, atol=1e-4)
+            np.testing.assert_allclose(other.get_fdata(), images[0].get_fdata(), atol=1e-2)  # of about 600
+
+
+def test_augmentation_changes_both_stages(trained, study_csv, tmp_path):
+    for words, log in ((arguments(study_csv, tmp_path), "stage1"), (refine_arguments(study_csv, trained), "refine")):
+        folders = ["--checkpoint_dir", str(tmp_path / log), "--result_dir", str(tmp_path / "results")]
+        assert main.main([*words, *folders, "--augment", "flip", "affine", "--max_steps", "2"]) == 0
+        losses = [[row["loss"] for row in read_csv(folder / log / "log.csv")][:2]
+                  for folder in (tmp_path / "results", trained / "results")]
+        assert losses[0] != losses[1] and all(np.isfinite(float(loss)) for loss in losses[0])
+
+
 def refusal(capsys, words: list[str]) -> str:
     assert main.main(words) == 2
     return capsys.readouterr().err

@@ -13,13 +13,14 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
 import opt as settings
+from data.grids import spacing_of
 from opt import OptionError, Options, paper, small
 from tests.conftest import run_program
 from utils.arguments import comments, parse_arguments
 from utils.checkpoint import Checkpoint, CheckpointError, content_hash, read_checkpoint, refuse_another_run
-from utils.figures import Panel, save_grid, spacing_of
+from utils.figures import Panel, save_grid
 from utils.logger import Log, LogError
-from utils.metrics import brain_region, paired_gain, score, summary, write_metrics
+from utils.metrics import paired_gain, score, summary, write_metrics
 
 # ---- settings
 
@@ -48,8 +49,13 @@ def test_both_presets_are_valid():
     ("modalities", ("fmri", "fmri"), ["opt.modalities", "two different names"]),
     ("fold", 5, ["opt.fold = 5", "0 .. 4"]),
     ("sampling_steps", 2000, ["opt.sampling_steps = 2000", "1000"]),
-    ("reduce", "sum", ["opt.reduce = 'sum'", "choose from b0"]),
+    ("reduce", "sum", ["opt.reduce = 'sum'", "choose from mean, std"]),
     ("reduce", {"fmri": "mean"}, ["opt.reduce"]),
+    ("intensity", {"fmri": "minmax", "dmri": "max"}, ["opt.intensity", "choose from percentile"]),
+    ("augment", ("flip", "rotate"), ["opt.augment", "choose from flip, affine, intensity"]),
+    ("augment", "flip", ["opt.augment = 'flip'"]),
+    ("bids_suffix", {"t1": "T1w"}, ["opt.bids_suffix", "fmri=desc-preproc_bold"]),
+    ("bids_suffix", {"fmri": "../x"}, ["opt.bids_suffix"]),
     ("base_channels", 20, ["opt.base_channels = 20", "multiple of 8"]),
     ("refine", True, ["opt.refine = True", "best_model.pth"]),
     ("device", "tpu", ["opt.device = 'tpu'"])])
@@ -100,6 +106,8 @@ def test_the_command_line_goes_over_edits_over_the_preset():
     (["--image_size", "64x64x32"], "image_size", (64, 64, 32)),
     (["--image_size", "fmri=32x32x18", "dmri=48x48x30"], "image_size", {"fmri": (32, 32, 18), "dmri": (48, 48, 30)}),
     (["--modalities", "t1", "flair"], "modalities", ("t1", "flair")), (["--reduce", "std"], "reduce", "std"),
+    (["--bids_suffix", "fmri=desc-preproc_bold"], "bids_suffix", {"fmri": "desc-preproc_bold"}),
+    (["--augment", "flip", "affine"], "augment", ("flip", "affine")),
     (["--reduce", "fmri=mean", "dmri=b0"], "reduce", {"fmri": "mean", "dmri": "b0"})])
 def test_values_on_the_command_line(words, name, value):
     assert getattr(parse(*words), name) == value
@@ -129,13 +137,6 @@ def test_scores_of_known_errors():
     assert "pattern" not in scores and scores["volume"]["ssim"] < 1
     assert score(truth, truth, {})["volume"] == {"psnr": float("inf"), "ssim": pytest.approx(1), "mae": 0}
     assert score(truth + 9, truth, {})["volume"]["mae"] == pytest.approx((1 - truth).mean())  # clipped to [-1, 1]
-
-
-def test_brain_region_is_one_part_without_holes():
-    volume = np.full((20, 20, 20), -1.0)
-    volume[4:16, 4:16, 4:16], volume[9:11, 9:11, 9:11], volume[0, 0, 0] = 0.5, -1, 1
-    region = brain_region(volume)
-    assert region.sum() == 12**3 and not region[0, 0, 0]
 
 
 def test_paired_gain():

@@ -77,7 +77,7 @@ def _kind(annotation: object) -> dict:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:
         return {"nargs": "+", "action": _Words}
-    if dict in typing.get_args(annotation):
+    if annotation is dict or dict in typing.get_args(annotation):
         return {"nargs": "+", "action": _PerModality, "metavar": "VALUE"}
     return {"type": annotation, "metavar": annotation.__name__.upper()}
 

@@ -28,11 +28,6 @@ class Panel:
     kind: str = "grey"
 
 
-def spacing_of(affine: np.ndarray) -> np.ndarray:
-    """Voxel size (3,) in mm of an affine (4, 4)."""
-    return np.linalg.norm(affine[:3, :3], axis=0)
-
-
 def _slices(panel: Panel) -> list[np.ndarray]:
     """Axial, coronal and sagittal slice through the middle, each (height, width) with up and front at the top."""
     x, y, z = (n // 2 for n in panel.volume.shape)

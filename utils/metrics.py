@@ -6,21 +6,11 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import binary_fill_holes, label
 from scipy.stats import bootstrap
-from skimage.filters import threshold_otsu
 from skimage.metrics import structural_similarity
 
 DATA_RANGE = 2.0
 COLUMNS = ("subject", "direction", "volume", "region", "psnr", "ssim", "mae")
-
-
-def brain_region(truth: np.ndarray) -> np.ndarray:
-    """Bool (X, Y, Z): the largest connected part above Otsu's threshold, holes filled."""
-    parts, _ = label(truth > threshold_otsu(truth))
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    return binary_fill_holes(parts == sizes.argmax())
 
 
 def score(candidate: np.ndarray, truth: np.ndarray, regions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
