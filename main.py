@@ -15,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import torch
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from data.problems import DataError, Problem, refuse
 from data.split import split_subjects
 from data.study import Study
 from models.unet import DualModalUNet
-from opt import PRESETS, OptionError, opt, small
+from opt import PRESETS, SMALLEST_AXIS, OptionError, opt, small
 from utils.arguments import parse_arguments
 from utils.checkpoint import CheckpointError, read_checkpoint
 from utils.logger import LogError
@@ -47,7 +48,8 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
     pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix)
     try:
         sizes = opt.image_sizes()
-    except OptionError:  # only a check comes here without: it suggests them
+    except OptionError as error:  # only a check comes so far: it suggests them
+        problems.append(Problem("opt.image_size", str(error), "or set it as suggested below", "all"))
         sizes = {name: None for name in opt.modalities}
     reduce, intensity = opt.per_modality("reduce"), opt.per_modality("intensity")
     return pairs, problems, {name: Reading(name, sizes[name], reduce[name], opt.resize, intensity[name])
@@ -57,7 +59,7 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
 def check(opt) -> bool:
     """Read every volume and print (and write to check.csv) all problems at once; returns whether training can start."""
     pairs, problems, readings = find_study(opt)
-    problems, summary = check_study(pairs, problems, readings,
+    problems, summary = check_study(pairs, problems, readings, SMALLEST_AXIS,
                                     lambda seen: tqdm(seen, desc="reading", unit="volume", total=2 * len(pairs)))
     if pairs:
         try:
@@ -82,10 +84,12 @@ def read_study(opt) -> Study:
                   lambda each: tqdm(each, desc="reading volumes", unit="pair", disable=None))
     for note in [*notes, *study.problems]:
         print(f"note: {note}")
-    with_pattern = study.set_pattern(tuple(opt.pattern_networks), opt.pattern_radius, opt.space)
+    with_pattern = study.set_pattern(tuple(opt.pattern_networks), opt.pattern_radius, opt.space, opt.pattern_file,
+                                     tuple(opt.pattern_labels))
     if opt.pattern_weight and with_pattern < len(pairs):
-        print(f"note: {len(pairs) - with_pattern} of {len(pairs)} pairs are not known to be in MNI space; the loss "
-              'weighs no brain networks there (opt.space = "mni" if they are)')
+        print(f"note: {len(pairs) - with_pattern} of {len(pairs)} pairs are not known to be in MNI space, where the "
+              "ROIs of the brain networks have their coordinates: the loss weighs all their voxels alike. Set "
+              'opt.space = "mni" if they are in it, or opt.pattern_file to an image of labels of your own')
     if apart := study.apart():
         print(f"note: {len(apart)} of {len(pairs)} pairs, first {apart[0].subject}: {apart[0].what}; {apart[0].remedy}")
     if opt.folds == 1:
@@ -171,6 +175,8 @@ def run(settings) -> int:
 
 def main(argv: list[str]) -> int:
     settings = parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0])
+    nib.imageglobals.logger.setLevel("CRITICAL")  # what it would say of a header, data/volumes.py says with the file
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         return run(settings)
     except (OptionError, AtlasError, DataError, CheckpointError, LogError, TrainingError) as error:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
+MOST_VOXELS = 2**27  # of a volume, as in data/volumes.py
 SMALLEST_AXIS = 11  # voxels: the Gaussian window of SSIM (sigma 1.5, cut at 3.5 sigma) must fit into the volume
 
 
@@ -83,26 +85,34 @@ class Options:
     timesteps: int = 1000  # T of the cosine noise schedule
     timestep_coupling: Literal["shared", "independent"] = "independent"  # one t for both modalities, or one each
     prediction: Literal["epsilon", "v"] = "v"  # what the network predicts: the noise, or v (Salimans & Ho 2022)
-    sampling_steps: int = 20  # network evaluations per sample (DDIM)
+    # "dpmpp", DPM-Solver++(2M): 12 of its steps are as close to the limit of many steps as 100 of "ddim"
+    sampler: Literal["dpmpp", "ddim"] = "dpmpp"
+    sampling_steps: int = 12  # network evaluations per sample
     eta: float = 0.0  # DDIM: 0 is deterministic, 1 is ancestral sampling
 
     # ---- Losses
+    loss: Literal["l1", "l2"] = "l1"  # stage 1: absolute (published) or squared error of the prediction
     pattern_weight: float = 1.0  # additional weight of voxels in the disease-related brain networks; 0 turns it off
     pattern_networks: tuple[str, ...] = ("cingulo-opercular", "default", "fronto-parietal")  # of Dosenbach's 160 ROIs
     pattern_radius: float = 5.0  # mm around each ROI's centre
+    # instead of these ROIs, and in native space too: a NIfTI image of labels over the volumes; {subject} and {session}
+    # in its path stand for those of each pair
+    pattern_file: str = ""
+    pattern_labels: tuple[int, ...] = ()  # the labels of pattern_file that count; (): all but 0
     microstructure_weight: float = 0.1  # stage 2: weight of the three-view loss; 0 turns it off
 
     # ---- Training
     learning_rate: float = 2e-3  # stage 1: Adam's peak rate, after the warm-up and before the cosine decay
     refine_learning_rate: float = 1e-3  # stage 2: the same
     batch_size: int = 4  # pairs per step
+    accumulate: int = 1  # parts that a step's pairs are computed in, one after the other: less memory, same gradient
     epochs: int = 90  # stage 1: passes over the training pairs
     refine_epochs: int = 80  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
     warmup_steps: int = 50  # steps over which the learning rate rises
     ema_decay: float = 0.995  # moving average of the weights that is validated, sampled and kept as best
     gradient_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    # "auto": bfloat16 where the processor or GPU computes in it, else float32
+    # "auto": bfloat16 where the GPU or the processor (AMX) multiplies matrices in it, else float32
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     seed: int = 0  # of the split, the order of the data, the first weights, and every noise
@@ -183,9 +193,10 @@ class Options:
 
 def _three_ints(size: object) -> tuple[int, int, int]:
     axes = (size,) * 3 if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(axes) != 3 or not all(type(n) is int and n >= SMALLEST_AXIS for n in axes):
+    if len(axes) != 3 or not all(type(n) is int and n >= SMALLEST_AXIS for n in axes) \
+            or math.prod(axes) > MOST_VOXELS:
         raise OptionError(f"opt.image_size = {size!r}: give an int, three ints, or one of these per modality, "
-                          f"each axis at least {SMALLEST_AXIS} voxels")
+                          f"each axis at least {SMALLEST_AXIS} voxels, {MOST_VOXELS:,} in all at most")
     return axes
 
 
@@ -223,7 +234,8 @@ def _wrong_types(options: Options) -> list[str]:
 def _rules(o: Options) -> list[tuple[str, bool, str]]:
     """(option, is it wrong, what to do) for all that the types do not say."""
     at_least_one = ("folds", "unet_depth", "base_channels", "res_blocks", "output_blocks", "patch_size", "batch_size",
-                    "epochs", "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples")
+                    "epochs", "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples",
+                    "accumulate")
     not_negative = ("attention_tokens", "eta", "pattern_weight", "microstructure_weight", "max_steps", "warmup_steps",
                     "gradient_clip", "max_minutes", "seed")
     fractions = ("validation_fraction", "dropout", "ema_decay", "coarse_dropout")
@@ -250,6 +262,8 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
          f"must be 1 .. opt.timesteps = {o.timesteps}"),
         ("pattern_radius", o.pattern_radius <= 0, "must be above 0 mm"),
         ("eta", o.eta > 1, "must be at most 1"),
+        ("eta", o.eta > 0 and o.sampler != "ddim", 'only opt.sampler = "ddim" has it'),
+        ("pattern_labels", any(label < 1 for label in o.pattern_labels), "0 is the background; give labels above it"),
         ("patch_size", o.patch_size > 8, "must be at most 8 voxels"),
         ("unet_depth", o.unet_depth > 6, "six levels shrink the volume 32-fold; choose fewer"),
         ("base_channels", o.base_channels % 8 != 0, "must be a multiple of 8 (group normalisation)"),
@@ -269,9 +283,9 @@ def paper() -> Options:
     return Options(
         image_size={"fmri": (64, 64, 36), "dmri": (96, 96, 60)}, unet_depth=4, base_channels=64, res_blocks=2,
         output_blocks=1, patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared",
-        prediction="epsilon", learning_rate=1e-6, refine_learning_rate=1e-5, batch_size=1,
-        epochs=300, refine_epochs=300, warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1,
-        validate_every=1)
+        prediction="epsilon", sampler="ddim", sampling_steps=20, learning_rate=1e-6, refine_learning_rate=1e-5,
+        batch_size=1, epochs=300, refine_epochs=300, warmup_steps=500, ema_decay=0.9999, coarse="joint",
+        coarse_samples=1, validate_every=1)
 
 
 PRESETS = {"small": small, "paper": paper}

@@ -9,8 +9,10 @@ Volumes are {modality: (B, 1, X, Y, Z)} in [-1, 1].
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,9 +39,9 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the erro
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
-                "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampling_steps",
-                "eta", "device", "refine_learning_rate", "refine_epochs", "microstructure_weight", "coarse",
-                "coarse_samples", "coarse_dropout", "warm_start"}
+                "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampler",
+                "sampling_steps", "eta", "accumulate", "device", "refine_learning_rate", "refine_epochs",
+                "microstructure_weight", "coarse", "coarse_samples", "coarse_dropout", "warm_start"}
 
 
 def model_facts(opt, study: Study) -> dict:
@@ -55,12 +57,17 @@ def total_steps(opt, epochs: int, pairs: int) -> int:
     return min(steps, opt.max_steps) if opt.max_steps else steps
 
 
-def augmentation(opt, study: Study, batch: list[int], step: int) -> PairTransform | None:
-    """What opt.augment does to the pairs of this batch; keyed by (seed, step, place), None where nothing is asked."""
+def parts(opt, batch: list[int]) -> list[list[int]]:
+    """The places 0 .. B - 1 of a batch in opt.accumulate parts, or as many as there are pairs."""
+    return [each.tolist() for each in np.array_split(np.arange(len(batch)), min(opt.accumulate, len(batch)))]
+
+
+def augmentation(opt, study: Study, step: int, places: list[int]) -> PairTransform | None:
+    """What opt.augment does to the pairs at these places of a batch; keyed by (seed, step, place), None for nothing."""
     if not opt.augment:
         return None
     return PairTransform(opt.augment, study.modalities, study.extent(),
-                         [keyed_generator(opt.seed, Purpose.AUGMENT, step, place) for place in range(len(batch))])
+                         [keyed_generator(opt.seed, Purpose.AUGMENT, step, place) for place in places])
 
 
 def load_batch(study: Study, batch: list[int], transform: PairTransform | None,
@@ -74,30 +81,43 @@ def load_batch(study: Study, batch: list[int], transform: PairTransform | None,
             {name: mask.to(device) for name, mask in masks.items()})
 
 
-def diffusion_loss(backbone: Backbone, opt, study: Study, batch: list[int], step: int) -> torch.Tensor:
-    """The pattern-aware loss of one batch, both directions; noise and timesteps are keyed by (seed, step, place)."""
+def diffusion_losses(backbone: Backbone, opt, study: Study, batch: list[int], step: int) -> Iterator[torch.Tensor]:
+    """The pattern-aware loss of a batch, both directions, in parts whose sum is that of the whole.
+
+    Noise and timesteps are keyed by (seed, step, place). A modality that is given (t = 0) is left out of the mean.
+    """
     device, diffusion = backbone.device, backbone.diffusion
-    x0, masks = load_batch(study, batch, augmentation(opt, study, batch, step), device)
-    keys = [(step, place) for place in range(len(batch))]
-    noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
-    noise = {name: each.to(device) for name, each in noise.items()}
-    t = training_timesteps(opt.timestep_coupling, opt.timesteps, study.modalities,
-                           [(opt.seed, Purpose.TIMESTEPS, *key) for key in keys])
-    t = {name: each.to(device) for name, each in t.items()}
-    xt = {name: diffusion.noisy(x0[name], noise[name], t[name]) for name in x0}
-    predicted = backbone(xt, t)
-    return sum(pattern_aware_loss(predicted[name], diffusion.target(x0[name], noise[name], t[name]), masks[name],
-                                  opt.pattern_weight, counts=(t[name] > 0).float()) for name in x0) / len(x0)
+    times = training_timesteps(opt.timestep_coupling, opt.timesteps, study.modalities,
+                               [(opt.seed, Purpose.TIMESTEPS, step, place) for place in range(len(batch))])
+    counted = {name: max(1, int((t > 0).sum())) for name, t in times.items()}
+    for places in parts(opt, batch):
+        members, transform = [batch[place] for place in places], augmentation(opt, study, step, places)
+        x0, masks = load_batch(study, members, transform, device)
+        noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
+        noise = {name: each.to(device) for name, each in noise.items()}
+        t = {name: each[places].to(device) for name, each in times.items()}
+        xt = {name: diffusion.noisy(x0[name], noise[name], t[name]) for name in x0}
+        loss = torch.zeros((), device=device)
+        for name, count in counted.items():
+            noisy = t[name] > 0  # what is given need not be predicted, nor computed
+            if not noisy.any():
+                continue
+            target = diffusion.target(x0[name], noise[name], t[name])[noisy]
+            predicted = backbone({each: x[noisy] for each, x in xt.items()}, {each: time[noisy] for each, time in
+                                                                             t.items()}, {name})[name]
+            per_pair = pattern_aware_loss(predicted, target, masks[name][noisy], opt.pattern_weight, opt.loss)
+            loss = loss + per_pair.sum() / count / len(counted)
+        yield loss
 
 
 def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: Study, batch: list[int],
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
     torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, step).initial_seed())
-    loss = diffusion_loss(backbone, opt, study, batch, step)
-    norm = optimiser.update(loss, step, [study.pairs[i].name for i in batch])
+    loss, norm = optimiser.update(diffusion_losses(backbone, opt, study, batch, step), step,
+                                  [study.pairs[i].name for i in batch])
     ema.update(backbone.network)
-    return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
+    return {"loss": loss, "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
 
 
 @torch.no_grad()
@@ -121,6 +141,21 @@ def validate(backbone: Backbone, study: Study, seed: int, batch_size: int) -> fl
     return sum(errors) / len(errors)
 
 
+def sampling_progress(steps: list) -> tqdm:
+    return tqdm(steps, desc="sampling", leave=False, disable=None)
+
+
+def draw_pattern(study: Study, path: Path) -> None:
+    """Once per result folder: the pattern mask over the first training subject that has one, to look at."""
+    if path.exists() or (place := next((i for i in study.roles["train"] if study.has_pattern[i]), None)) is None:
+        return
+    real, masks = study.volumes([place]), study.masks([place])
+    rows = [(f"{study.pairs[place].name}\n{name}",
+             [Panel(real[name][0, 0].numpy(), spacing_of(study.affines[name][place]), overlay=overlay)
+              for overlay in (masks[name][0, 0].numpy() > 0, None)]) for name in study.modalities]
+    save_grid(path, "Where the loss weighs more (red), in the slices with most of it", ["pattern mask", "volume"], rows)
+
+
 def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int) -> None:
     """A grid of real, translated and jointly sampled volumes of validation subjects, and the sampled volumes as NIfTI.
 
@@ -129,10 +164,11 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
     shown = study.roles["validation"][:opt.num_samples]
     real = study.volumes(shown)
     keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
-    made = {"joint": backbone.sample(keys, study.sizes, opt.sampling_steps, opt.eta), "translated": {}}
+    how = (study.sizes, opt.sampling_steps, opt.sampler, opt.eta)
+    made = {"joint": backbone.sample(keys, *how, progress=sampling_progress), "translated": {}}
     for source, target in backbone.network.directions:
         given = {source: real[source]}
-        made["translated"][target] = backbone.sample(keys, study.sizes, opt.sampling_steps, opt.eta, given)[target]
+        made["translated"][target] = backbone.sample(keys, *how, given, progress=sampling_progress)[target]
     rows = []
     for place, i in enumerate(shown):
         for name in study.modalities:
@@ -171,6 +207,8 @@ def train(opt, study: Study, device: torch.device) -> bool:
         return True
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
     write_split(folder / "split.csv", study.pairs, study.roles)
+    if opt.pattern_weight:
+        draw_pattern(study, folder / "pattern_mask.png")
     run.save(last)
     with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
         for epoch in range(run.step // steps_per_epoch, opt.epochs):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from models.diffusion import Purpose, keyed_generator
 from models.losses import blend_weights, microstructure_loss, tissue_loss
 from models.refine import RefineNet
 from train import STAGE as STAGE_1
-from train import augmentation, continue_run, load_batch, model_facts, total_steps
+from train import augmentation, continue_run, load_batch, model_facts, parts, total_steps
 from utils.checkpoint import Checkpoint, CheckpointError, content_hash, read_checkpoint, refuse_another_run
 from utils.ema import EMA
 from utils.figures import Panel, save_grid
@@ -44,7 +45,7 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", "tissue_loss", "microstructure_l
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
-                "device", "learning_rate"}
+                "accumulate", "loss", "device", "learning_rate"}
 # What must be the same in both stages, or subjects that the backbone was trained on would be tested on
 DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "intensity", "folds", "fold",
                 "validation_fraction", "seed")
@@ -56,8 +57,8 @@ class Refinement:
     def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str):
         self.opt, self.study, self.backbone = opt, study, backbone
         self.device, self.bfloat16 = backbone.device, backbone.bfloat16
-        sampler = (backbone_hash, opt.coarse, opt.coarse_samples, opt.sampling_steps, opt.eta, opt.seed, self.bfloat16,
-                   study.fingerprint)
+        sampler = (backbone_hash, opt.coarse, opt.coarse_samples, opt.sampler, opt.sampling_steps, opt.eta, opt.seed,
+                   self.bfloat16, study.fingerprint)
         key = hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
         names = [pair.name for pair in study.pairs]
         self.coarse = CoarseVolumes(Path(opt.cache_dir) / "coarse" / key, names, backbone.network.directions)
@@ -72,7 +73,8 @@ class Refinement:
         given = {}
         if opt.coarse == "given":
             given[source] = self.study.volumes(batch)[source].repeat_interleave(repeats, dim=0)
-        samples = self.backbone.sample(keys, self.study.sizes, opt.sampling_steps, opt.eta, given)[target][:, 0]
+        samples = self.backbone.sample(keys, self.study.sizes, opt.sampling_steps, opt.sampler, opt.eta,
+                                       given)[target][:, 0]
         return samples.unflatten(0, (len(batch), repeats)).mean(dim=1).cpu().numpy()
 
     def autocast(self) -> torch.autocast:
@@ -104,21 +106,22 @@ def fit_blend(network: RefineNet, study: Study, coarse: CoarseVolumes) -> None:
         network.direction(source, target).blend.copy_(blend_weights(truth[target].to(device), candidates))
 
 
-def refinement_losses(network: RefineNet, work: Refinement, batch: list[int],
-                      step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tissue and microstructure loss of one batch, the mean over both directions.
+def refinement_losses(network: RefineNet, work: Refinement, batch: list[int], step: int,
+                      places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tissue and microstructure loss of the pairs at these places of a batch, the mean over both directions.
 
     Sometimes the coarse volume is withheld (the mean volume stands in), so that refinement does not over-trust it.
     """
     opt, device = work.opt, work.device
-    transform = augmentation(opt, work.study, batch, step)
-    truth, masks = load_batch(work.study, batch, transform, device)
+    transform, members = augmentation(opt, work.study, step, places), [batch[place] for place in places]
+    truth, masks = load_batch(work.study, members, transform, device)
     tissue = microstructure = torch.zeros((), device=device)
-    for place, (source, target) in enumerate(network.directions):
-        coarse = work.coarse.volumes(source, target, batch)
+    for number, (source, target) in enumerate(network.directions):
+        coarse = work.coarse.volumes(source, target, members)
         coarse = (transform.volume(target, coarse) if transform else coarse).to(device)
-        draw = torch.rand(len(batch), generator=keyed_generator(opt.seed, Purpose.WITHHOLD, step, place)).to(device)
-        coarse = torch.where((draw < opt.coarse_dropout)[:, None, None, None, None], work.means[target], coarse)
+        draw = torch.rand(len(batch), generator=keyed_generator(opt.seed, Purpose.WITHHOLD, step, number))[places]
+        withheld = (draw < opt.coarse_dropout)[:, None, None, None, None].to(device)
+        coarse = torch.where(withheld, work.means[target], coarse)
         with work.autocast():
             refined = network(source, target, truth[source], coarse)
         tissue = tissue + tissue_loss(refined, truth[target], masks[target], opt.pattern_weight) / 2
@@ -130,12 +133,19 @@ def train_step(network: RefineNet, ema: EMA, optimiser: Optimiser, work: Refinem
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
     torch.manual_seed(keyed_generator(work.opt.seed, Purpose.DROPOUT, step).initial_seed())
-    tissue, structure = refinement_losses(network, work, batch, step)
-    loss = tissue + work.opt.microstructure_weight * structure
-    norm = optimiser.update(loss, step, [work.study.pairs[i].name for i in batch])
+    sums = {"tissue_loss": 0.0, "microstructure_loss": 0.0}
+
+    def losses() -> Iterator[torch.Tensor]:
+        for places in parts(work.opt, batch):
+            tissue, structure = refinement_losses(network, work, batch, step, places)
+            share = len(places) / len(batch)
+            for name, value in zip(sums, (tissue, structure)):
+                sums[name] += share * value.item()
+            yield share * (tissue + work.opt.microstructure_weight * structure)
+
+    loss, norm = optimiser.update(losses(), step, [work.study.pairs[i].name for i in batch])
     ema.update(network)
-    return {"loss": loss.item(), "tissue_loss": tissue.item(), "microstructure_loss": structure.item(),
-            "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
+    return {"loss": loss, **sums, "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
 
 
 def validation_psnr(network: RefineNet, work: Refinement) -> float:

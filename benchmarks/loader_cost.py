@@ -56,7 +56,7 @@ def measure(settings) -> dict[str, np.ndarray]:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
         start = time.perf_counter()
-        train.load_batch(cached, batch, train.augmentation(settings, cached, batch, step), device)
+        train.load_batch(cached, batch, train.augmentation(settings, cached, step, list(range(len(batch)))), device)
         seconds["loading"].append(time.perf_counter() - start)
     return {name: np.array(each[2:]) for name, each in seconds.items()}  # the first two warm up
 

@@ -1,4 +1,4 @@
-"""The disease-related brain networks as masks: ROIs of Dosenbach et al., Science 329 (2010) 1358-1361.
+"""The disease-related brain networks as masks: ROIs of Dosenbach et al., Science 329 (2010) 1358-1361, or own labels.
 
 The table holds 160 ROIs in six networks with MNI coordinates in mm, as distributed with nilearn.
 """
@@ -9,13 +9,16 @@ import csv
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import affine_transform
 from scipy.spatial import cKDTree
+
+from data.volumes import read_volume
 
 TABLE = Path(__file__).with_name("dosenbach160.csv")
 
 
 class AtlasError(ValueError):
-    """Networks that the table does not have; the message names the option and the choices."""
+    """Networks or labels that are not there; the message names the option and the choices."""
 
 
 def roi_centres(networks: tuple[str, ...]) -> np.ndarray:
@@ -40,3 +43,27 @@ def pattern_mask(size: tuple[int, int, int], affine: np.ndarray, centres: np.nda
     inside = ((holders >= 0) & (holders < size)).all(axis=1)
     mask[tuple(holders[inside].T)] = True
     return mask
+
+
+class LabelImage:
+    """A NIfTI image of labels, over the volumes in space; of `labels` (all but 0 where there are none) it makes masks.
+
+    Raises VolumeError where the file cannot be read, AtlasError where it does not have a label.
+    """
+
+    def __init__(self, path: Path, labels: tuple[int, ...]):
+        scan = read_volume(path, "first")
+        voxels, self.affine = np.rint(scan.voxels), scan.affine
+        if absent := sorted(set(labels) - set(np.unique(voxels).astype(int).tolist())):
+            there = np.unique(voxels[voxels > 0]).astype(int).tolist()
+            raise AtlasError(f"opt.pattern_labels names {', '.join(map(str, absent))}, but {path} has only "
+                             f"{', '.join(map(str, there[:30]))}{' ...' if len(there) > 30 else ''}")
+        self.chosen = (np.isin(voxels, labels) if labels else voxels > 0).astype(np.float32)
+
+    def mask(self, size: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
+        """Bool (X, Y, Z) on another grid: at least half of a voxel's 27 points are of the chosen labels."""
+        to_labels = np.linalg.inv(self.affine) @ affine
+        steps = [to_labels[:3, :3] @ (np.array(shift) - 1) / 3 for shift in np.ndindex(3, 3, 3)]
+        hits = sum(affine_transform(self.chosen, to_labels[:3, :3], to_labels[:3, 3] + step, output_shape=size, order=0)
+                   for step in steps)
+        return hits >= len(steps) / 2

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
+import os
 import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +36,18 @@ class Pair:
     @property
     def person(self) -> str:
         """The same for every spelling of one subject: sub-01, 01 and 1 are one person, and so are A07 and a7."""
-        return _spelling(self.subject, "sub-")
+        return _spelling(self.subject, "sub")
 
     @property
     def visit(self) -> tuple[str, str]:
         """The same for every spelling of one visit."""
-        return self.person, _spelling(self.session, "ses-")
+        return self.person, _spelling(self.session, "ses")
 
 
 def _spelling(label: str, prefix: str) -> str:
-    return re.sub(r"0*(\d+)", r"\1", label.strip().lower().removeprefix(prefix), flags=re.ASCII)
+    """Lower case, without prefix and leading zeros: sub-01, sub01, 01 and 1 are the same."""
+    bare = re.sub(rf"^{prefix}(-|[_ ]?(?=\d))", "", label.strip().lower())
+    return re.sub(r"0*(\d+)", r"\1", bare, flags=re.ASCII)
 
 
 def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
@@ -51,55 +57,60 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     data_root: a CSV/TSV file, or the folder of a BIDS tree. exclude: subjects or names of pairs to leave out.
     suffixes: modality -> how its file names end in a BIDS tree, before .nii.gz; a pattern may have * in it.
     """
-    if data_root.is_file():
-        found, problems = _from_table(data_root, modalities)
-    elif data_root.is_dir():
-        found, problems = _from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {}))
-    else:
-        found, problems = [], [Problem(f"opt.data_root = {str(data_root)!r}", "there is no such file or folder",
-                                       "give a CSV or TSV file, or the folder of a BIDS tree")]
-    found = _without(found, exclude, problems)
+    root = f"opt.data_root = {str(data_root)!r}"
+    try:
+        is_folder = stat.S_ISDIR(data_root.stat().st_mode)
+    except OSError as error:
+        return [], [Problem(root, f"there is no such file or folder ({error.strerror})",
+                            "give a CSV or TSV file, or the folder of a BIDS tree")]
+    found, problems = (_from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {})) if is_folder
+                       else _from_table(data_root, modalities))
+    found, problems = _without(found, problems, exclude)
     pairs = []
     for pair in sorted(found, key=lambda each: each.name):
         missing = [name for name in modalities if name not in pair.files]
         if missing:
             problems.append(Problem(pair.name, f"left out, it has no {' and no '.join(missing)}",
-                                    "add the file if there is one", pair.name, fatal=False))
+                                    "add the file if there is one, under the same subject and session", pair.name,
+                                    fatal=False))
         else:
             pairs.append(pair)
     if not pairs and not any(problem.fatal for problem in problems):
-        problems.append(Problem(f"opt.data_root = {str(data_root)!r}",
-                                f"no subject has both {' and '.join(modalities)}",
-                                "set opt.modalities to the study's column names or BIDS suffixes"))
+        problems.append(Problem(root, f"no subject has both {' and '.join(modalities)}",
+                                "set opt.modalities to the study's column names or BIDS suffixes, and see opt.exclude"))
     return pairs, [*problems, *_doubles(pairs)]
 
 
-def _without(found: list[Pair], exclude: tuple[str, ...], problems: list[Problem]) -> list[Pair]:
-    """What is left after leaving out what `exclude` names; a name that nothing answers to is a problem."""
-    out = {label: [pair.name for pair in found if label == pair.name or _spelling(label, "sub-") == pair.person]
+def _without(found: list[Pair], problems: list[Problem],
+             exclude: tuple[str, ...]) -> tuple[list[Pair], list[Problem]]:
+    """What is left without what `exclude` names, and without its problems; a name that nothing answers to is one."""
+    out = {label: [pair.name for pair in found if label == pair.name or _spelling(label, "sub") == pair.person]
            for label in exclude}
-    problems += [Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it")
-                 for label, names in out.items() if not names]
     gone = {name for names in out.values() for name in names}
-    return [pair for pair in found if pair.name not in gone]
+    unknown = [Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it")
+               for label, names in out.items() if not names]
+    return ([pair for pair in found if pair.name not in gone],
+            [problem for problem in problems if problem.subject not in gone] + unknown)
 
 
 def _doubles(pairs: list[Pair]) -> list[Problem]:
-    visits, files, problems = {}, {}, []
+    visits, names, files, problems = {}, {}, {}, []
     for pair in pairs:
-        if not re.fullmatch(r"[\w.+-]+", pair.name):
+        if not re.fullmatch(r"[\w.+-]{1,100}", pair.name):
             problems.append(Problem(repr(pair.name), "subject and session may only have letters, digits and . _ + - in "
-                                    "them, because they become file names", "rename it in the manifest", pair.name))
-        if (first := visits.setdefault(pair.visit, pair)) is not pair:
-            problems.append(Problem(f"{pair.name} and {first.name}", "are the same visit of the same subject",
+                                    "them, 100 at most, because they become file names", "rename it in the manifest",
+                                    pair.name))
+        first, namesake = visits.setdefault(pair.visit, pair), names.setdefault(pair.name, pair)
+        if first is not pair or namesake is not pair:
+            problems.append(Problem(f"{pair.name} and {(first if first is not pair else namesake).name}",
+                                    "are the same visit of the same subject",
                                     "keep one of them, or give each its session", pair.name))
-        owners = {}
-        for file in pair.files.values():
-            owner = files.setdefault(file.resolve(), pair)
-            if owner is not pair:
+        for name, file in pair.files.items():
+            owner, its_name = files.setdefault(os.path.realpath(file), (pair, name))
+            if owner.person != pair.person:
                 problems.append(Problem(str(file), f"belongs to {owner.name} and to {pair.name}",
                                         "correct one of the two paths", pair.name))
-            if owners.setdefault(file.resolve(), file) is not file:
+            elif its_name != name:
                 problems.append(Problem(str(file), f"{pair.name}: one file stands for both modalities",
                                         "correct one of the two paths", pair.name))
     return problems
@@ -108,63 +119,122 @@ def _doubles(pairs: list[Pair]) -> list[Problem]:
 def _from_table(table: Path, modalities: tuple[str, str]) -> tuple[list[Pair], list[Problem]]:
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",", restval="")
-            rows, columns = list(reader), [name.strip() for name in reader.fieldnames or ()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter, restval="", strict=True)
+            rows = [(reader.line_num, row) for row in reader]
+            columns = [name.strip() for name in reader.fieldnames or ()]
+    except (OSError, UnicodeError, csv.Error) as error:
         return [], [Problem(f"opt.data_root = {str(table)!r}", f"cannot be read as a table ({error})",
                             "give a CSV or TSV file, or the folder of a BIDS tree")]
-    if absent := [name for name in ("subject", *modalities) if name not in columns]:
-        others = [name for name in columns if name not in ("subject", *OPTIONAL)]
-        if any(";" in name for name in columns):
-            return [], [Problem(str(table), "its columns are separated by semicolons",
-                                "save it with commas, or as .tsv with tabs")]
-        return [], [Problem(str(table),
-                            f"has no column {', '.join(absent)}, only {', '.join(columns) or 'none at all'}",
-                            f"set opt.modalities to two of {', '.join(others) or 'its columns'}")]
+    if problem := _wrong_columns(table, columns, modalities):
+        return [], [problem]
     pairs, problems = [], []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         cells = {(key or "").strip(): value.strip() for key, value in row.items() if isinstance(value, str)}
-        fold = cells.get("fold", "")
-        if not cells["subject"]:
-            problems.append(Problem(f"{table.name} line {line}", "left out, it names no subject", "fill the column",
-                                    fatal=False))
-        elif fold and not (fold.isdecimal() and fold.isascii()):
-            problems.append(Problem(f"{table} line {line}", f"fold {fold!r} is not a number from 0 upwards",
-                                    "correct it", cells["subject"]))
+        subject, _, session = cells["subject"].partition("_ses-")
+        fold, where = cells.get("fold", ""), f"{table} line {line}"
+        if not subject:
+            problems.append(Problem(where, "left out, it names no subject", "fill the column", fatal=False))
+            continue
+        known = bool(fold) and fold.isdecimal() and fold.isascii()
+        files = {name: table.parent / cells[name] for name in modalities if cells[name]}
+        pair = Pair(subject, cells.get("session", "") or session, cells.get("group", ""), int(fold) if known else None,
+                    files)
+        if fold and not known:
+            problems.append(Problem(where, f"fold {fold!r} is not a number from 0 upwards", "correct it", pair.name))
+        if any("\0" in cell for cell in cells.values()):
+            problems.append(Problem(where, "has a NUL character in it", "write the table again as text", pair.name))
         else:
-            files = {name: table.parent / cells[name] for name in modalities if cells[name]}
-            pairs.append(Pair(cells["subject"], cells.get("session", ""), cells.get("group", ""),
-                              int(fold) if fold else None, files))
+            pairs.append(pair)
     return pairs, problems
 
 
+def _wrong_columns(table: Path, columns: list[str], modalities: tuple[str, str]) -> Problem | None:
+    if any(";" in name for name in columns):
+        return Problem(str(table), "its columns are separated by semicolons",
+                       "save it with commas, or as .tsv with tabs")
+    if absent := [name for name in ("subject", *modalities) if name not in columns]:
+        others = [name for name in columns if name not in ("subject", *OPTIONAL)]
+        return Problem(str(table), f"has no column {', '.join(absent)}, only {', '.join(columns) or 'none at all'}",
+                       "name the column of the subjects so" if "subject" in absent else
+                       f"set opt.modalities to two of {', '.join(others) or 'its columns'}")
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        return Problem(str(table), f"has the column {', '.join(twice)} twice", "keep one of them")
+    return None
+
+
 def _from_bids(tree: Path, modalities: tuple[str, str], suffixes: dict[str, str]) -> tuple[list[Pair], list[Problem]]:
-    groups, problems, visits = _participants(tree), [], {}
+    problems, visits = [], {}
     ends = {name: suffixes.get(name, name) for name in modalities}
+    files = sorted(file for folder in sorted(tree.glob("sub-*")) for file in _files_below(folder, problems))
     for name, suffix in ends.items():
-        for file in sorted([*tree.glob(f"sub-*/**/*_{suffix}.nii.gz"), *tree.glob(f"sub-*/**/*_{suffix}.nii")]):
-            subject = file.relative_to(tree).parts[0]
-            session = re.search(r"[/_]ses-([^/_]+)", file.relative_to(tree).as_posix())
-            visit = visits.setdefault((subject, session[1] if session else ""), {})
+        for file in files:
+            if not any(fnmatch.fnmatchcase(file.name, f"*_{suffix}{ending}") for ending in (".nii.gz", ".nii")):
+                continue
+            subject, inside = file.relative_to(tree).parts[0], file.relative_to(tree).as_posix()
+            sessions = set(re.findall(r"(?:^|[/_])ses-([^/_]+)", inside))
+            if not file.name.startswith(f"{subject}_") or len(sessions) > 1:
+                problems.append(Problem(inside, "its name and its folder tell different subjects or sessions",
+                                        "move or rename it", subject))
+                continue
+            visit = visits.setdefault((subject, "".join(sessions)), {})
             if name in visit:
-                problems.append(Problem(str(file.relative_to(tree)), f"left out, {visit[name].name} of the same visit "
-                                        "is used", "name the one you want with opt.bids_suffix", subject, fatal=False))
+                problems.append(Problem(inside, f"left out, {visit[name].name} of the same visit is used",
+                                        "name the one you want with opt.bids_suffix", subject, fatal=False))
             visit.setdefault(name, file)
-    if not visits:
+    if not visits and not problems:
         wanted = " or ".join(f"*_{suffix}.nii.gz" for suffix in ends.values())
         problems.append(Problem(f"opt.data_root = {str(tree)!r}", f"no {wanted} below sub-*",
                                 "give a BIDS tree, or a CSV with the columns subject," + ",".join(modalities)))
-    return [Pair(subject, session, groups.get(subject, ""), None, files)
-            for (subject, session), files in visits.items()], problems
+    groups = _participants(tree, problems)
+    pairs = [Pair(subject, session, groups.get(_spelling(subject, "sub"), ""), None, found)
+             for (subject, session), found in visits.items()]
+    if groups and pairs and not any(pair.group for pair in pairs):
+        problems.append(Problem(str(tree / "participants.tsv"), "its groups belong to none of the subjects",
+                                "compare participant_id with the folders' names", fatal=False))
+    return pairs, problems
 
 
-def _participants(tree: Path) -> dict[str, str]:
+def _files_below(folder: Path, problems: list[Problem], seen: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, through links to folders, without hidden ones; what cannot be read is a problem."""
+    here = os.path.realpath(folder)
+    if here in seen:  # a link back to where we came from
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except NotADirectoryError:
+        return
+    except OSError as error:
+        problems.append(Problem(str(folder), f"cannot be read ({error.strerror})", "ask for permission, or exclude it",
+                                folder.name))
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files_below(folder / entry.name, problems, seen | {here})
+        else:
+            yield folder / entry.name
+
+
+def _participants(tree: Path, problems: list[Problem]) -> dict[str, str]:
+    """participants.tsv: spelling of the subject -> group; empty where there is none."""
     table = tree / "participants.tsv"
     if not table.exists():
         return {}
-    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t") if row.get("participant_id")]
-    return {f"sub-{row['participant_id'].removeprefix('sub-')}": row.get("group") or "" for row in rows}
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = [{(key or "").strip(): value for key, value in row.items()}
+                    for row in csv.DictReader(file, delimiter="\t", strict=True)]
+        if rows and "participant_id" not in rows[0]:
+            raise csv.Error("it has no column participant_id between tabs")
+    except (OSError, UnicodeError, csv.Error) as error:
+        problems.append(Problem(str(table), f"cannot be read ({error})", "groups are taken as unknown; mend it",
+                                fatal=False))
+        return {}
+    return {_spelling(row["participant_id"], "sub"): (row.get("group") or "").strip()
+            for row in rows if row["participant_id"]}
 
 
 def in_mni_space(pair: Pair) -> bool:

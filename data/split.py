@@ -34,10 +34,12 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
     rest = [person for person in _dealt(pairs, people, seed + 1) if person not in test]
     validation = set(rest[:max(1, min(round(validation_fraction * len(rest)), len(rest) - 1))])
     if not test or len(rest) < 2:
-        own = f" (the study's own folds are {sorted(set(fold_of.values()))})" if given else ""
+        remedy = "set opt.folds lower, or to 1, which trains and reports on everything"
+        if given:
+            remedy = (f"set opt.fold to one of the study's own folds, {sorted(set(fold_of.values()))} (and opt.folds "
+                      "above it), or opt.folds to 1")
         raise _impossible(f"opt.folds = {folds}, opt.fold = {fold}", f"of {len(people)} subjects {len(test)} would be "
-                          f"tested and {len(rest)} left to train and validate on",
-                          f"set opt.folds lower, or to 1, which trains and reports on everything{own}")
+                          f"tested and {len(rest)} left to train and validate on", remedy)
     roles = {"train": [], "validation": [], "test": []}
     for position, pair in enumerate(pairs):
         role = "test" if pair.person in test else "validation" if pair.person in validation else "train"

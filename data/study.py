@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.atlas import pattern_mask, roi_centres
+from data.atlas import AtlasError, LabelImage, pattern_mask, roi_centres
 from data.cache import Reading, cached_volume, identical_scans
 from data.grids import compare_fields, spacing_of
 from data.pairs import Pair, in_mni_space
@@ -32,8 +34,9 @@ class Study:
         self._volumes = {name: [] for name in readings}
         self.ranges = {name: [] for name in readings}
         self.affines = {name: [] for name in readings}
-        self._masks: dict[tuple, torch.Tensor] = {}
-        self.pattern_centres, self.pattern_radius, self.in_mni = None, 0.0, [False] * len(pairs)
+        self._masks: dict[tuple, torch.Tensor] = {}  # pairs on the same grid share theirs
+        self._mask_of = {name: [None] * len(pairs) for name in readings}
+        self.has_pattern = [False] * len(pairs)
         content, scans, self.problems = hashlib.sha256(), [], []
         for pair in progress(pairs):
             for name, reading in readings.items():
@@ -50,11 +53,40 @@ class Study:
         self.split_fingerprint = hashlib.sha256(json.dumps(
             {role: [pairs[i].name for i in members] for role, members in roles.items()}).encode()).hexdigest()
 
-    def set_pattern(self, networks: tuple[str, ...], radius: float, space: str) -> int:
-        """Choose the brain networks of the pattern mask; returns how many pairs are in MNI space and thus have one."""
-        self.pattern_centres, self.pattern_radius = roi_centres(networks), radius
-        self.in_mni = [space == "mni" or (space == "auto" and in_mni_space(pair)) for pair in self.pairs]
-        return sum(self.in_mni)
+    def set_pattern(self, networks: tuple[str, ...], radius: float, space: str, file: str = "",
+                    labels: tuple[int, ...] = ()) -> int:
+        """Make the pattern masks; returns how many pairs have one.
+
+        They are the ROIs of these networks where the pair is in MNI space, or the labels of an image of the user's own,
+        whose path may hold {subject} and {session}. Raises AtlasError where a mask turns out empty.
+        """
+        centres, images = roi_centres(networks), {}
+        for i, pair in enumerate(self.pairs):
+            if file:
+                path = Path(file.replace("{subject}", pair.subject).replace("{session}", pair.session))
+                if path not in images:
+                    images = {path: LabelImage(path, labels)}  # one at a time: each subject may have its own
+                paint, origin = images[path].mask, str(path)
+            elif len(centres) and (space == "mni" or (space == "auto" and in_mni_space(pair))):
+                paint, origin = functools.partial(pattern_mask, centres=centres, radius=radius), "the ROIs"
+            else:
+                paint, origin = None, ""
+            self.has_pattern[i] = paint is not None
+            for name in self.modalities:
+                self._mask_of[name][i] = self._painted(name, i, paint, origin)
+        return sum(self.has_pattern)
+
+    def _painted(self, name: str, i: int, paint: Callable | None, origin: str) -> torch.Tensor:
+        """The mask (1, X, Y, Z) of one volume; those on the same grid share theirs."""
+        size, affine = self.sizes[name], self.affines[name][i]
+        key = (size, origin, affine.round(4).tobytes() if paint else b"")
+        if key not in self._masks:
+            mask = paint(size, affine) if paint else np.zeros(size, dtype=bool)
+            if paint and not mask.any():
+                raise AtlasError(f"{self.pairs[i].files[name]}: no voxel of it lies in {origin}; correct "
+                                 'opt.pattern_file, or set opt.space = "native" if it is not in MNI space')
+            self._masks[key] = torch.from_numpy(mask)[None]
+        return self._masks[key]
 
     def apart(self) -> list[Problem]:
         """The pairs whose two fields of view differ by more than one (larger) voxel at some corner, in mm."""
@@ -74,18 +106,8 @@ class Study:
                 for name in self.modalities}
 
     def masks(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        """{modality: (B, 1, X, Y, Z)} pattern masks, 0 or 1; all 0 for a pair that is not in MNI space."""
-        return {name: torch.stack([self._mask(name, i) for i in positions]) for name in self.modalities}
-
-    def _mask(self, name: str, position: int) -> torch.Tensor:
-        affine = self.affines[name][position]
-        key = (name, affine.round(4).tobytes() if self.in_mni[position] else b"")
-        if key not in self._masks:
-            mask = np.zeros(self.sizes[name], dtype=bool)
-            if self.in_mni[position] and len(self.pattern_centres):
-                mask = pattern_mask(self.sizes[name], affine, self.pattern_centres, self.pattern_radius)
-            self._masks[key] = torch.from_numpy(mask.astype(np.float32))[None]
-        return self._masks[key]
+        """{modality: (B, 1, X, Y, Z)} pattern masks, 0 or 1; all 0 for a pair that has none."""
+        return {name: torch.stack([self._mask_of[name][i] for i in positions]).float() for name in self.modalities}
 
     def mean_volumes(self) -> dict[str, torch.Tensor]:
         """{modality: (1, 1, X, Y, Z)} mean of the training volumes: the simplest synthesis there is."""

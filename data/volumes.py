@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -25,8 +26,9 @@ MOST_VOXELS = 2**27  # of one time point (512 x 512 x 512): larger ones do not f
 MOST_HEADER = 2**24  # bytes before the voxels
 MOST_BEHIND = 2**20  # bytes after the voxels
 MOST_DEFLATE = 1100  # no gzip file holds more bytes than this per byte of its own (deflate reaches 1032)
+FARTHEST = 1e5  # mm: no voxel of a scan is further from its origin
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, OverflowError, zlib.error, nib.filebasedimages.ImageFileError,
-              nib.spatialimages.HeaderDataError)
+              nib.spatialimages.HeaderDataError, nib.orientations.OrientationError)
 AGAIN = "fetch or convert the file again"
 EXCLUDE = "repair the file, or leave the subject out (opt.exclude)"
 
@@ -53,11 +55,10 @@ def read_volume(path: Path, reduce: str = "mean") -> Scan:
     try:
         # kept open: a compressed series is then unpacked once, not from its start for every time point
         image = nib.load(path, keep_file_open=True)
-        affine = np.asarray(image.affine, dtype=np.float64)
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-            raise VolumeError(path, "its affine is no invertible matrix", "repair the header (qform or sform)")
+        affine = _affine(path, image)
         count = math.prod(image.shape[3:])
         voxels = reduce_series(_time_points(image), count, reduce, path) if count > 1 else next(_time_points(image))
+        orientation, in_ras = nib.io_orientation(affine), nib.as_closest_canonical(_header_only(image)).affine
     except VolumeError:
         raise
     except UNREADABLE as error:
@@ -67,30 +68,56 @@ def read_volume(path: Path, reduce: str = "mean") -> Scan:
         raise VolumeError(path, "has no finite voxel", EXCLUDE)
     voxels = np.where(bad, voxels[~bad].min(), voxels).astype(np.float32) if bad.any() else voxels
     known = bool(image.header["sform_code"] or image.header["qform_code"])
-    return Scan(np.ascontiguousarray(nib.apply_orientation(voxels, nib.io_orientation(affine))),
-                nib.as_closest_canonical(_header_only(image)).affine, int(bad.sum()),
+    return Scan(np.ascontiguousarray(nib.apply_orientation(voxels, orientation)), in_ras, int(bad.sum()),
                 "".join(nib.aff2axcodes(affine)) if known else "?", count)
 
 
-def _opened(path: Path):
-    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
+def _affine(path: Path, image: nib.Nifti1Image) -> np.ndarray:
+    """The image's affine (4, 4), voxel -> mm, or a VolumeError where it can be none."""
+    affine, units = np.asarray(image.affine, dtype=np.float64), image.header.get_xyzt_units()[0]
+    if not np.abs(affine).max() < FARTHEST or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise VolumeError(path, "its affine is no invertible matrix of millimetres", "repair the header (sform, qform)")
+    if units in ("meter", "micron"):
+        raise VolumeError(path, f"its header counts in {units}s", "convert it to millimetres")
+    return affine
+
+
+def _packed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path) if _packed(path) else open(path, "rb")
+
+
+def _not_an_image(path: Path) -> VolumeError | None:
+    """What a file is instead of an image, as far as its name and first bytes tell."""
+    if path.is_symlink() and not path.exists():
+        return VolumeError(path, "is a link to a file that is not here", "fetch it (for example datalad get)")
+    if not path.is_file():
+        path.stat()  # a path that cannot be looked at says so
+        return VolumeError(path, "is no file", "correct the path in the manifest")
+    if path.suffix.lower() in (".hdr", ".img"):
+        return VolumeError(path, "is half of a pair of header and voxels", "convert the pair to one .nii.gz")
+    with open(path, "rb") as file:
+        raw = file.read(64)
+    if not raw:
+        return VolumeError(path, "is empty", AGAIN)
+    if raw.startswith(b"version https://git-lfs"):
+        return VolumeError(path, "is a Git LFS pointer, not the image itself", "fetch it with git lfs pull")
+    if raw.lstrip()[:1] == b"<":
+        return VolumeError(path, "is a web page or XML, not an image", AGAIN)
+    if raw.startswith(b"\x1f\x8b") != _packed(path):
+        return VolumeError(path, f"is {'not ' * _packed(path)}packed by gzip, against its name",
+                           "rename it if it is NIfTI, else convert it to .nii.gz")
+    return None
 
 
 def _check_header(path: Path) -> int:
     """Refuse, from its first bytes, a file that is no 3-D or 4-D NIfTI image; returns the bytes that it must hold."""
-    if path.is_symlink() and not path.exists():
-        raise VolumeError(path, "is a link to a file that is not here", "fetch it (for example datalad get)")
-    if not path.is_file():
-        raise VolumeError(path, "there is no such file", "correct the path in the manifest")
     try:
-        with open(path, "rb") as file:
-            raw = file.read(64)
-        if not raw:
-            raise VolumeError(path, "is empty", AGAIN)
-        if raw.startswith(b"version https://git-lfs"):
-            raise VolumeError(path, "is a Git LFS pointer, not the image itself", "fetch it with git lfs pull")
-        if raw.lstrip()[:1] == b"<":
-            raise VolumeError(path, "is a web page or XML, not an image", AGAIN)
+        if refusal := _not_an_image(path):
+            raise refusal
         with _opened(path) as file:
             start = file.read(540)
         kind = next((each for each in (nib.Nifti1Header, nib.Nifti2Header) if each.may_contain_header(start)), None)
@@ -99,6 +126,10 @@ def _check_header(path: Path) -> int:
                               "convert it to .nii.gz")
         header = kind(start[:kind.template_dtype.itemsize], check=False)
         voxel, ahead = header.get_data_dtype(), float(header["vox_offset"])
+    except FileNotFoundError:
+        raise VolumeError(path, "there is no such file", "correct the path in the manifest") from None
+    except PermissionError:
+        raise VolumeError(path, "may not be read (permission denied)", "ask for permission") from None
     except UNREADABLE as error:
         if isinstance(error, VolumeError):
             raise
@@ -112,15 +143,19 @@ def _check_header(path: Path) -> int:
         shape.pop()
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise VolumeError(path, f"has size {'x'.join(map(str, shape)) or 'unknown'}", "a 3-D or 4-D image is needed")
-    if math.prod(shape[:3]) > MOST_VOXELS or not 0 <= ahead <= MOST_HEADER:
-        raise VolumeError(path, f"has size {'x'.join(map(str, shape))}, voxels from byte {ahead:.0f}: too large",
+    if math.prod(shape[:3]) > MOST_VOXELS:
+        raise VolumeError(path, f"has size {'x'.join(map(str, shape))}: too large",
                           "its header may be damaged; otherwise resample it first")
+    if not header.single_vox_offset <= ahead <= MOST_HEADER:
+        raise VolumeError(path, f"its voxels start at byte {ahead:.0f}: inside its header, or too far", AGAIN)
+    if not header["sform_code"] and (header["pixdim"][1:4] == 0).any():  # nibabel would make it 1
+        raise VolumeError(path, "its voxel size is 0", "repair the header (pixdim)")
     return int(ahead) + math.prod(shape) * voxel.itemsize
 
 
 def _check_to_the_end(path: Path, needed: int) -> None:
     """Unpack a file once, keeping nothing: it must hold all of its image, and the checksum of gzip must agree."""
-    size, packed = path.stat().st_size, path.name.endswith(".gz")
+    size, packed = path.stat().st_size, _packed(path)
     if size * (MOST_DEFLATE if packed else 1) < needed:
         raise VolumeError(path, f"is cut off: its header asks for {needed} bytes, the file has {size}", AGAIN)
     held = 0 if packed else size
@@ -172,7 +207,9 @@ def _b_values(path: Path, count: int) -> np.ndarray:
         raise VolumeError(path, f"opt.reduce needs the b-values, but {beside.name} is not beside it",
                           "put it there, or set opt.reduce to mean, std or first")
     try:
-        values = np.atleast_1d(np.loadtxt(beside)).ravel()
+        values = np.array([float(value) for value in beside.read_text().replace(",", " ").split()])
+        if not np.isfinite(values).all():
+            raise ValueError("nan or inf")
     except (ValueError, OSError) as error:
         raise VolumeError(beside, f"is not a list of b-values ({_one_line(error)})", "correct it") from error
     if len(values) != count:
@@ -200,9 +237,9 @@ def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray, reference: 
         volume = onto_grid(volume, affine, in_ras.shape, in_ras.affine)
     back = nib.orientations.ornt_transform(nib.io_orientation(in_ras.affine), nib.io_orientation(frame.affine))
     voxels = nib.apply_orientation(np.asarray(volume, dtype=np.float32), back)
-    written = nib.Nifti1Image(voxels, frame.affine)
-    for set_form, code in ((written.set_sform, "sform_code"), (written.set_qform, "qform_code")):
-        set_form(frame.affine, int(frame.header[code]))
-    written.header.set_xyzt_units(*frame.header.get_xyzt_units())
+    header = frame.header.copy()  # with both of its forms, its spacing and units
+    header.extensions.clear()
+    header.set_data_dtype(np.float32)
+    header.set_slope_inter(1, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(written, path)
+    nib.save(type(frame)(voxels, frame.affine, header), path)

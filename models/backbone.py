@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.diffusion import Diffusion, Volumes, keyed_noise
+from models.samplers import sample
 from models.unet import DualModalUNet
 
 
@@ -31,9 +32,10 @@ class Backbone:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.network(xt, t, wanted)
 
-    def sample(self, keys: list[tuple[int, ...]], sizes: dict[str, tuple[int, ...]], steps: int, eta: float,
-               given: dict[str, Tensor] | None = None) -> Volumes:
+    def sample(self, keys: list[tuple[int, ...]], sizes: dict[str, tuple[int, ...]], steps: int, sampler: str,
+               eta: float, given: dict[str, Tensor] | None = None, progress=iter) -> Volumes:
         """One sample of every modality per noise key; `given` modalities stay as they are."""
         noise = {name: each.to(self.device) for name, each in keyed_noise(sizes, *keys).items()}
         given = {name: each.to(self.device) for name, each in (given or {}).items()}
-        return self.diffusion.sample(self, noise, steps, eta=eta, given=given, coupling=self.coupling, keys=keys)
+        return sample(self.diffusion, self, noise, steps, sampler=sampler, eta=eta, given=given, coupling=self.coupling,
+                      keys=keys, progress=progress)

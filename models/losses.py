@@ -7,17 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pattern_aware_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: float,
-                       counts: Tensor | None = None) -> Tensor:
-    """Mean over voxels of (1 + weight mask) |prediction - target| (arXiv 2511.04963).
+def pattern_aware_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: float, kind: str = "l1") -> Tensor:
+    """(B,) means over voxels of (1 + weight mask) |prediction - target| (arXiv 2511.04963), squared for kind "l2".
 
-    mask: (B, 1, X, Y, Z), 1 inside the disease-related networks. counts: (B,) 1 for the pairs that count, 0 for those
-    whose volume was given; all where it is None.
+    mask: (B, 1, X, Y, Z), 1 inside the disease-related networks.
     """
-    per_pair = ((1 + weight * mask) * (prediction - target).abs()).mean(dim=(1, 2, 3, 4))
-    if counts is None:
-        return per_pair.mean()
-    return (per_pair * counts).sum() / counts.sum().clamp(min=1)
+    error = (prediction - target).abs()
+    return ((1 + weight * mask) * (error if kind == "l1" else error.square())).mean(dim=(1, 2, 3, 4))
 
 
 def tissue_loss(refined: Tensor, truth: Tensor, mask: Tensor, weight: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import shutil
 import struct
 
@@ -40,7 +41,7 @@ def test_the_suggested_size_is_the_one_that_works(study_csv, tmp_path, capsys):
     assert main.main(words(study_csv, tmp_path, "--modalities", "dmri", "fmri", "--image_size", "12")) == 2
     told = capsys.readouterr().out
     suggested = next(line for line in told.splitlines() if line.startswith("suggested:")).split()[1:]
-    assert {row["subject"] for row in rows(tmp_path)} == {"all"}
+    assert {row["file"] for row in rows(tmp_path)} == {"opt.image_size (fmri)", "opt.image_size (dmri)"}
     assert main.main(words(study_csv, tmp_path, "--modalities", "dmri", "fmri", *suggested)) == 0
 
 
@@ -132,6 +133,43 @@ def test_large_and_mixed_sizes(tmp_path, capsys):
     suggested = next(line for line in told.splitlines() if line.startswith("suggested:")).split()[1:]
     again = words(tmp_path / "pairs.csv", tmp_path, "--modalities", "a", "b", "--folds", "1", *suggested)
     assert main.main([*again, "--resize", "resample"]) == 0
+
+
+@pytest.mark.parametrize("size", [(300, 300, 17), (16, 16, 8)])
+def test_a_suggestion_is_never_refused(tmp_path, capsys, size):
+    for name in "ab":
+        save(tmp_path / f"{name}.nii", np.random.default_rng(ord(name)).normal(size=size).astype(np.float32), np.eye(4))
+    (tmp_path / "pairs.csv").write_text("subject,a,b\n1,a.nii,b.nii\n")
+    asked = words(tmp_path / "pairs.csv", tmp_path, "--modalities", "a", "b", "--folds", "1")
+    assert main.main(asked) == 2
+    told = capsys.readouterr().out
+    assert 'the suggested size needs opt.resize = "resample"' in told
+    suggested = next(line for line in told.splitlines() if line.startswith("suggested:")).split()[1:]
+    assert main.main([*asked, *suggested, "--resize", "resample"]) == 0
+
+
+def test_what_only_shows_on_the_grid_is_told(tmp_path):
+    """pad_crop can cut away all that a volume has, or make two files one."""
+    corner, inner = np.zeros((30, 30, 30), np.float32), np.random.default_rng(0).normal(9, 1, (12, 12, 12))
+    corner[:4, :4, :4] = 7
+    padded = np.pad(inner, 2, constant_values=inner.min())
+    for name, voxels in {"a1": corner, "b1": inner, "a2": inner + 1, "b2": padded}.items():
+        save(tmp_path / f"{name}.nii", voxels.astype(np.float32), np.eye(4))
+    (tmp_path / "pairs.csv").write_text("subject,a,b\n1,a1.nii,b1.nii\n2,a2.nii,b2.nii\n")
+    more = ("--modalities", "a", "b", "--image_size", "12", "--resize", "pad_crop", "--folds", "1")
+    assert main.main(words(tmp_path / "pairs.csv", tmp_path, *more)) == 2
+    found = {(row["subject"], row["what"].split()[0]) for row in rows(tmp_path) if row["fatal"] == "True"}
+    assert found == {("sub-1", "every"), ("sub-2", "holds")}
+
+
+def test_a_file_whose_name_is_no_text(tmp_path):
+    folder = tmp_path / "tree/sub-01/anat"
+    folder.mkdir(parents=True)
+    for name in (b"sub-01_acq-\xe9_a.nii", b"sub-01_b.nii"):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(b"no image")
+    told = run_program(*words(tmp_path / "tree", tmp_path, "--modalities", "a", "b"))
+    assert told.returncode == 2 and "Traceback" not in told.stderr and "acq-" in told.stdout
 
 
 @needs_shared

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from models.diffusion import Diffusion, Purpose, cosine_alpha_bar, keyed_generator, keyed_noise, training_timesteps
+from models.samplers import SAMPLERS, ddim_step, dpmpp_step, sample, spacing
 
 T = 1000
 THEIRS = dict(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", clip_sample=True, clip_sample_range=1.0)
@@ -37,13 +38,88 @@ def test_ddim_steps_are_those_of_diffusers(prediction, steps, eta):
     for now in range(T, 0, -stride):
         output = torch.randn(x.shape, generator=generator, dtype=torch.float64) * 0.1 + 0.3 * x
         fresh = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        t, t_next = torch.tensor([now, now]), torch.tensor([now - stride] * 2)
-        x0 = diffusion.x0(x, output, t)
-        mine = diffusion.ddim_step(x, x0, t, t_next, eta, fresh)
+        x0 = diffusion.x0(x, output, torch.tensor([now, now]))
+        mine = ddim_step(diffusion, x, x0, now, now - stride, eta, fresh)
         expected = theirs.step(output, now - 1, x, eta=eta, use_clipped_model_output=True,
                                variance_noise=fresh if eta else None).prev_sample
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
         x = expected
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("steps", [2, 12, 20])
+def test_dpmpp_steps_are_those_of_diffusers(prediction, steps):
+    """Same alphas, timesteps and model outputs give the same xt, with our spacing of the timesteps."""
+    diffusion, times = Diffusion(T, prediction), spacing(T, steps, "dpmpp")
+    theirs = DPMSolverMultistepScheduler(
+        num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", algorithm_type="dpmsolver++", solver_order=2,
+        prediction_type="epsilon" if prediction == "epsilon" else "v_prediction", final_sigmas_type="zero")
+    theirs.set_timesteps(steps)
+    theirs.timesteps = torch.tensor(times[:-1])
+    alpha_bar = diffusion.alpha_bar[times]
+    theirs.sigmas = torch.sqrt((1 - alpha_bar) / alpha_bar)
+    x = torch.randn(2, 1, *SIZES["fmri"], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator, before, last = torch.Generator().manual_seed(2), None, 0
+    torch.set_default_dtype(torch.float64)
+    try:
+        for now, after in zip(times[:-1], times[1:]):
+            output = torch.randn(x.shape, generator=generator) * 0.1 + 0.3 * x
+            x0 = diffusion.x0(x, output, torch.tensor([now, now]), clip=False)
+            mine = dpmpp_step(diffusion, x, x0, now, after, before, last)
+            x = theirs.step(output, now, x).prev_sample
+            torch.testing.assert_close(mine, x, rtol=1e-5, atol=1e-5)
+            before, last = x0, now
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def optimal_denoiser(diffusion: Diffusion, covariance: torch.Tensor, size: int):
+    """The network that knows E[x0 | xt] of a Gaussian pair with this covariance (2 size, 2 size), as v."""
+    def network(xt, t, wanted):
+        signal, sigma = zip(*(diffusion.weights(t[name][:1]) for name in ("a", "b")))
+        H, R = (torch.cat([each.reshape(1).expand(size) for each in pair]).diag() for pair in (signal, sigma))
+        gain = covariance @ H @ torch.linalg.inv(H @ covariance @ H + R @ R)
+        x0 = (torch.cat([xt["a"].flatten(1), xt["b"].flatten(1)], 1) @ gain.T).split(size, 1)
+        return {name: (signal[i] * xt[name] - x0[i].reshape(xt[name].shape)) / sigma[i]
+                for i, name in enumerate("ab") if name in wanted}
+    return network
+
+
+@pytest.mark.parametrize("sampler, slope", [("ddim", 0.8), ("dpmpp", 1.7)])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("correlation, variance", [(0.6, 1.0), (0.8, 0.25)])
+def test_sampled_covariance_converges(sampler, slope, given, correlation, variance):
+    """A correlated Gaussian pair: the sampler is then a linear map of its noise, propagated here without sampling."""
+    n, steps = 3, np.array([5, 10, 20, 40])
+    torch.set_default_dtype(torch.float64)
+    try:
+        own = torch.tensor([[0.5 ** abs(i - j) for j in range(n)] for i in range(n)])
+        covariance = variance * torch.cat([torch.cat([own, correlation * own], 1),
+                                           torch.cat([correlation * own, own], 1)])
+        a, b, across = covariance[:n, :n], covariance[n:, n:], covariance[:n, n:]
+        expected = a - across @ torch.linalg.inv(b) @ across.T if given else covariance
+        diffusion, errors = Diffusion(T, "v"), []
+        columns = torch.eye(2 * n).view(2 * n, 1, 2 * n, 1, 1)
+        noise = {"a": columns[:, :, :n], "b": columns[:, :, n:]}
+        for count in steps:
+            made = sample(diffusion, optimal_denoiser(diffusion, covariance, n), noise, int(count), sampler=sampler,
+                          clip=False, given={"b": torch.zeros_like(noise["b"])} if given else None)
+            linear = torch.cat([made[name].flatten(1) for name in ("a" if given else "ab")], 1).T
+            errors.append(float((linear @ linear.T - expected).norm() / expected.norm()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] >= slope, errors
+    assert errors[-1] < 0.1
+
+
+def test_a_given_modality_is_used_as_the_mean_of_a_gaussian_says():
+    """The sampled conditional mean is across inv(b) given."""
+    covariance = torch.tensor([[1.0, 0.7], [0.7, 1.0]])
+    diffusion = Diffusion(T, "v")
+    given = torch.tensor([-2.0, 0.0, 1.5]).view(3, 1, 1, 1, 1)
+    made = sample(diffusion, optimal_denoiser(diffusion, covariance, 1), {"a": torch.zeros(3, 1, 1, 1, 1),
+                  "b": torch.zeros(3, 1, 1, 1, 1)}, 60, clip=False, given={"b": given})
+    torch.testing.assert_close(made["a"], 0.7 * given, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -64,9 +140,10 @@ def test_noising_has_unit_variance_and_keeps_clean_volumes():
     torch.testing.assert_close(xt.var(dim=(1, 2, 3, 4)), torch.ones(3), atol=0.06, rtol=0)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 300, 999, T])
-def test_spacing_ends_at_0_and_never_skips(steps):
-    times = Diffusion(T, "v").spacing(steps)
+def test_spacing_ends_at_0_and_never_skips(steps, sampler):
+    times = spacing(T, steps, sampler)
     assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
     assert all(a > b for a, b in zip(times[:-1], times[1:]))
 
@@ -84,12 +161,15 @@ def exact(x0):
     return diffusion, network
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_sampling_with_the_exact_network_gives_the_volume(eta):
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("dpmpp", 0.0)])
+def test_sampling_with_the_exact_network_gives_the_volume(sampler, eta):
     x0 = {name: torch.rand(2, 1, *size) * 2 - 1 for name, size in SIZES.items()}
     diffusion, network = exact(x0)
     keys = [(7, 1), (7, 2)]
-    made = diffusion.sample(network, keyed_noise(SIZES, *keys), 10, eta=eta, keys=keys)
+    seen = []
+    made = sample(diffusion, network, keyed_noise(SIZES, *keys), 10, sampler=sampler, eta=eta, keys=keys,
+                  progress=lambda steps: seen.append(len(steps)) or steps)
+    assert seen == [10]
     for name in SIZES:
         torch.testing.assert_close(made[name], x0[name], atol=1e-4, rtol=0)
 
@@ -105,7 +185,7 @@ def test_a_given_modality_is_seen_as_its_coupling_says(coupling):
         assert set(wanted) == {"dmri"}
         return network(xt, t, wanted)
 
-    made = diffusion.sample(watched, noise, 5, given={"fmri": x0["fmri"]}, coupling=coupling)
+    made = sample(diffusion, watched, noise, 5, given={"fmri": x0["fmri"]}, coupling=coupling)
     assert torch.equal(made["fmri"], x0["fmri"])
     for xt, t, other in seen:
         if coupling == "independent":

@@ -77,11 +77,11 @@ def test_pattern_aware_loss():
     prediction, target = torch.zeros(2, 1, 2, 2, 2), torch.ones(2, 1, 2, 2, 2)
     mask = torch.zeros(2, 1, 2, 2, 2)
     mask[:, :, 0] = 1
-    assert pattern_aware_loss(prediction, target, mask, 0.0) == 1
-    assert pattern_aware_loss(prediction, target, mask, 1.0) == 1.5
+    assert pattern_aware_loss(prediction, target, mask, 0.0).tolist() == [1, 1]
+    assert pattern_aware_loss(prediction, target, mask, 1.0).tolist() == [1.5, 1.5]
     target[1] = 3
-    assert pattern_aware_loss(prediction, target, mask, 1.0, counts=torch.tensor([0.0, 1.0])) == 4.5
-    assert pattern_aware_loss(prediction, target, mask, 1.0, counts=torch.zeros(2)) == 0
+    assert pattern_aware_loss(prediction, target, mask, 1.0).tolist() == [1.5, 4.5]
+    assert pattern_aware_loss(prediction, target, mask, 1.0, "l2").tolist() == [1.5, 13.5]
 
 
 def test_tissue_and_microstructure_losses():
@@ -170,19 +170,30 @@ def test_a_step_that_is_not_finite_is_not_taken():
     model, steps = optimiser()
     before = model.weight.clone()
     for _ in range(4):
-        steps.update(model(torch.ones(1, 2)).sum() * float("inf"), 3, ["sub-1"])
+        steps.update([model(torch.ones(1, 2)).sum() * float("inf")], 3, ["sub-1"])
     assert torch.equal(model.weight, before)
-    steps.update(model(torch.ones(1, 2)).sum(), 4, ["sub-1"])
+    steps.update([model(torch.ones(1, 2)).sum()], 4, ["sub-1"])
     assert not torch.equal(model.weight, before) and steps.bad_in_a_row == 0
     with pytest.raises(TrainingError, match="step 9.*sub-7"):
         for _ in range(5):
-            steps.update(model(torch.ones(1, 2)).sum() * float("nan"), 9, ["sub-7"])
+            steps.update([model(torch.ones(1, 2)).sum() * float("nan")], 9, ["sub-7"])
+
+
+def test_parts_of_a_loss_add_up():
+    (one, whole), (other, split) = optimiser(), optimiser()
+    other.load_state_dict(one.state_dict())
+    inputs = torch.randn(4, 2)
+    for _ in range(3):
+        together = whole.update([one(inputs).square().mean()], 5, [])
+        apart = split.update((other(part).square().sum() / 4 for part in inputs.split([1, 3])), 5, [])
+        assert apart == pytest.approx(together, rel=1e-5)
+    torch.testing.assert_close(other.weight, one.weight)
 
 
 def test_gradients_are_clipped():
     _, steps = optimiser()
-    norm = steps.update(nn.functional.linear(torch.full((1, 2), 100.0), steps.parameters[0]).sum(), 0, [])
-    assert norm > 100
+    loss, norm = steps.update([nn.functional.linear(torch.full((1, 2), 100.0), steps.parameters[0]).sum()], 0, [])
+    assert norm > 100 and math.isfinite(loss)
 
 
 def test_stop_after_some_minutes():

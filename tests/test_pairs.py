@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_D7_one_side_missing_is_listed_and_left_out(tmp_path):
     assert [(p.subject, p.fatal) for p in problems] == [("sub-02_ses-1", False)] and "no dmri" in problems[0].what
     (tmp_path / "pairs.csv").write_text("subject,fmri,dmri\n1,a,b\n2,c,\n,d,e\n")
     pairs, problems = find_pairs(tmp_path / "pairs.csv", BOTH)
-    assert len(pairs) == 1 and {p.where for p in problems} == {"sub-2", "pairs.csv line 4"}
+    assert len(pairs) == 1 and {p.where for p in problems} == {"sub-2", f"{tmp_path}/pairs.csv line 4"}
     assert not any(problem.fatal for problem in problems)
 
 
@@ -72,6 +73,7 @@ def test_D7_one_side_missing_is_listed_and_left_out(tmp_path):
     ("subject,session,fmri,dmri\n1,1,a,b\n1,ses-01,c,d\n", "same visit"),
     ("subject,session,fmri,dmri\n1,1,a,b\n1,ses-1,c,d\n", "same visit"),
     ("subject,fmri,dmri\nA07,a,b\nsub-a7,c,d\n", "same visit"),
+    ("subject,session,fmri,dmri\nsub-01_ses-1,,a,b\nsub-01,1,c,d\n", "same visit"),
     ("subject,fmri,dmri\n1,a,b\n2,a,d\n", "belongs to sub-1 and to sub-2"),
     ("subject,fmri,dmri\n1,a,a\n", "stands for both"),
     ("subject,fmri,dmri\n1,a,./a\n", "stands for both"),
@@ -87,6 +89,10 @@ def test_D8_what_stands_twice_is_refused(tmp_path, content, message):
     ("", "no column subject"),
     ("subject,fmri,dmri,fold\n1,a,b,x\n", "fold 'x' is not a number"),
     ("subject;fmri;dmri\n1;a;b\n", "separated by semicolons"),
+    ("subject,fmri,dmri,fmri\n1,a,b,c\n", "has the column fmri twice"),
+    ("participant_id,fmri,dmri\n1,a,b\n", "name the column of the subjects so"),
+    ("subject,fmri,dmri,group\n1,a,b,\"MCI\n2,c,d,NC\n", "cannot be read as a table"),
+    ("subject,fmri,dmri\n1,a\0,b\n", "NUL"),
     ("\0\xff\n\0\n", "opt.data_root|no column")])
 def test_unusable_tables_are_refused(tmp_path, content, message):
     (tmp_path / "pairs.csv").write_bytes(content.encode("latin-1"))
@@ -108,7 +114,59 @@ def test_subjects_and_visits_can_be_left_out(tmp_path):
     tree = bids_tree(tmp_path, [("sub-01", "ses-1"), ("sub-01", "ses-2"), ("sub-02", "ses-1")])
     assert [pair.name for pair in find_pairs(tree, BOTH, ("1",))[0]] == ["sub-02_ses-1"]
     assert [pair.name for pair in find_pairs(tree, BOTH, ("sub-01_ses-2",))[0]] == ["sub-01_ses-1", "sub-02_ses-1"]
+    (tmp_path / "pairs.csv").write_text("subject,fmri,dmri,fold\n1,a,b,x\n2,c,d,0\n")
+    pairs, problems = find_pairs(tmp_path / "pairs.csv", BOTH, ("sub-01",))
+    assert len(pairs) == 1 and problems == []  # what is left out has no problems any more
     assert "opt.exclude names sub-9" in refused(find_pairs(tree, BOTH, ("sub-9",)))
+
+
+def test_D8_visits_named_in_the_subject_column_are_of_one_person(tmp_path):
+    (tmp_path / "pairs.csv").write_text("subject,fmri,dmri\nsub-01_ses-1,a,b\nsub-01_ses-2,c,d\nsub01,e,f\n")
+    pairs, problems = find_pairs(tmp_path / "pairs.csv", BOTH)
+    assert len({pair.person for pair in pairs}) == 1 and [pair.session for pair in pairs] == ["1", "2", ""]
+    assert problems == []
+
+
+def test_one_scan_may_serve_two_visits_of_one_person(tmp_path):
+    (tmp_path / "pairs.csv").write_text("subject,session,fmri,dmri\n1,1,a,b\n1,2,c,b\n")
+    assert find_pairs(tmp_path / "pairs.csv", BOTH)[1] == []
+
+
+def test_bids_files_in_the_wrong_place_hidden_or_behind_links(tmp_path):
+    tree = bids_tree(tmp_path / "bids", [("sub-01", "ses-1"), ("sub-02", "ses-1")])
+    (tree / "sub-01/ses-1/func/._sub-01_ses-1_task-rest_bold.nii.gz").write_bytes(b"mac")
+    (tree / "sub-02/ses-1/func").rename(tmp_path / "elsewhere")
+    (tree / "sub-02/ses-1/func").symlink_to(tmp_path / "elsewhere")
+    (tree / "sub-02/loop").symlink_to(tree / "sub-02")
+    pairs, problems = find_pairs(tree, BOTH)
+    assert len(pairs) == 2 and problems == []
+    (tmp_path / "elsewhere/sub-02_ses-1_task-rest_bold.nii.gz").rename(tmp_path / "elsewhere/sub-03_ses-1_bold.nii.gz")
+    assert "its name and its folder tell different subjects" in refused(find_pairs(tree, BOTH))
+
+
+def test_a_folder_that_cannot_be_read_is_a_problem(tmp_path, monkeypatch):
+    tree = bids_tree(tmp_path, [("sub-01", "ses-1"), ("sub-02", "ses-1")])
+    scandir = os.scandir
+
+    def denied(folder):
+        if Path(folder).name == "dwi" and "sub-02" in str(folder):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "sub-02/ses-1/dwi: cannot be read (Permission denied)" in refused(find_pairs(tree, BOTH))
+
+
+@pytest.mark.parametrize("content, note", [
+    ("participant_id \tgroup\nsub-1\tAD\n2\tNC\n", None), ("participant_id,group\nsub-01,AD\n", "no column"),
+    ("participant_id\tgroup\nsub-77\tAD\n", "belong to none")])
+def test_groups_are_found_or_missed_aloud(tmp_path, content, note):
+    tree = bids_tree(tmp_path, [("sub-01", "ses-1"), ("sub-02", "ses-1")])
+    (tree / "participants.tsv").write_text(content)
+    pairs, problems = find_pairs(tree, BOTH)
+    assert [pair.group for pair in pairs] == (["", ""] if note else ["AD", "NC"])
+    assert [problem.fatal for problem in problems] == ([False] if note else [])
+    assert note is None or note in problems[0].what
 
 
 # ---- the split
@@ -170,8 +228,10 @@ def test_own_folds_one_fold_and_too_few(tmp_path):
     with pytest.raises(PairError, match="in different folds"):
         split_subjects(torn, 3, 1, 0.2, 0)
     assert split_subjects(own, 1, 0, 0.2, 0) == {role: list(range(9)) for role in ("train", "validation", "test")}
+    with pytest.raises(PairError, match=r"set opt.fold to one of the study's own folds, \[0, 1, 2\]"):
+        split_subjects(own, 5, 4, 0.2, 0)
     with pytest.raises(PairError, match="opt.folds lower"):
-        split_subjects(own[:2], 5, 0, 0.2, 0)
+        split_subjects(study_pairs(2), 5, 0, 0.2, 0)
 
 
 @needs_shared

@@ -76,7 +76,7 @@ def _kind(annotation: object) -> dict:
     if typing.get_origin(annotation) is Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:
-        return {"nargs": "+", "action": _Words}
+        return {"nargs": "+", "action": _Words, "type": typing.get_args(annotation)[0]}
     if annotation is dict or dict in typing.get_args(annotation):
         return {"nargs": "+", "action": _PerModality, "metavar": "VALUE"}
     return {"type": annotation, "metavar": annotation.__name__.upper()}

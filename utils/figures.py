@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 
 HEIGHT = 120  # pixels of the tallest slice
 GAP, LABEL, FONT = 4, 150, 14
+RED = np.array([255.0, 40, 40])
 HEAT = np.array([[0, 0, 0], [120, 0, 90], [230, 60, 40], [255, 190, 60], [255, 255, 235]], dtype=float)  # 0 .. 1
 
 
@@ -26,13 +27,18 @@ class Panel:
     spacing: np.ndarray  # (3,) mm
     caption: str = ""
     kind: str = "grey"
+    overlay: np.ndarray | None = None  # bool (X, Y, Z), drawn in red; the slices are then those with most of it
 
 
 def _slices(panel: Panel) -> list[np.ndarray]:
-    """Axial, coronal and sagittal slice through the middle, each (height, width) with up and front at the top."""
+    """Axial, coronal and sagittal slice (height, width, 1 or 2) with up and front at the top: volume, and overlay."""
     x, y, z = (n // 2 for n in panel.volume.shape)
     x -= max(1, panel.volume.shape[0] // 16)  # beside the fissure between the hemispheres
-    return [np.rot90(panel.volume[:, :, z]), np.rot90(panel.volume[:, y, :]), np.rot90(panel.volume[x, :, :])]
+    both = panel.volume[..., None]
+    if panel.overlay is not None:
+        x, y, z = (int(panel.overlay.sum(axis=others).argmax()) for others in ((1, 2), (0, 2), (0, 1)))
+        both = np.stack([panel.volume, panel.overlay], axis=-1)
+    return [np.rot90(both[:, :, z]), np.rot90(both[:, y, :]), np.rot90(both[x, :, :])]
 
 
 def _draw(panel: Panel, width: int) -> torch.Tensor:
@@ -43,10 +49,13 @@ def _draw(panel: Panel, width: int) -> torch.Tensor:
     left = 0
     for view, (across, up) in zip(_slices(panel), ((0, 1), (0, 2), (1, 2))):
         if panel.kind == "error":
-            place = np.clip(view, 0, 1) * (len(HEAT) - 1)
+            place = np.clip(view[..., 0], 0, 1) * (len(HEAT) - 1)
             pixels = np.stack([np.interp(place, range(len(HEAT)), HEAT[:, c]) for c in range(3)], axis=-1)
         else:
-            pixels = np.repeat(((np.clip(view, -1, 1) + 1) * 127.5)[..., None], 3, axis=-1)
+            pixels = np.repeat((np.clip(view[..., :1], -1, 1) + 1) * 127.5, 3, axis=-1)
+            if panel.overlay is not None:
+                marked = view[..., 1] > 0
+                pixels[marked] = 0.6 * pixels[marked] + 0.4 * RED
         size = (max(1, round(extents[across] * scale)), max(1, round(extents[up] * scale)))
         drawn = Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
         cell.paste(drawn, (left, (HEIGHT - size[1]) // 2))
