@@ -91,7 +91,7 @@ class Options:
     eta: float = 0.0  # DDIM: 0 is deterministic, 1 is ancestral sampling
 
     # ---- Losses
-    loss: Literal["l1", "l2"] = "l1"  # stage 1: absolute (published) or squared error of the prediction
+    loss: Literal["l1", "l2"] = "l2"  # stage 1: squared, or absolute (published) error of the prediction
     pattern_weight: float = 1.0  # additional weight of voxels in the disease-related brain networks; 0 turns it off
     pattern_networks: tuple[str, ...] = ("cingulo-opercular", "default", "fronto-parietal")  # of Dosenbach's 160 ROIs
     pattern_radius: float = 5.0  # mm around each ROI's centre
@@ -106,7 +106,7 @@ class Options:
     refine_learning_rate: float = 1e-3  # stage 2: the same
     batch_size: int = 4  # pairs per step
     accumulate: int = 1  # parts that a step's pairs are computed in, one after the other: less memory, same gradient
-    epochs: int = 90  # stage 1: passes over the training pairs
+    epochs: int = 110  # stage 1: passes over the training pairs
     refine_epochs: int = 80  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
     warmup_steps: int = 50  # steps over which the learning rate rises
@@ -283,9 +283,9 @@ def paper() -> Options:
     return Options(
         image_size={"fmri": (64, 64, 36), "dmri": (96, 96, 60)}, unet_depth=4, base_channels=64, res_blocks=2,
         output_blocks=1, patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared",
-        prediction="epsilon", sampler="ddim", sampling_steps=20, learning_rate=1e-6, refine_learning_rate=1e-5,
-        batch_size=1, epochs=300, refine_epochs=300, warmup_steps=500, ema_decay=0.9999, coarse="joint",
-        coarse_samples=1, validate_every=1)
+        prediction="epsilon", loss="l1", sampler="ddim", sampling_steps=20, learning_rate=1e-6,
+        refine_learning_rate=1e-5, batch_size=1, epochs=300, refine_epochs=300, warmup_steps=500, ema_decay=0.9999,
+        coarse="joint", coarse_samples=1, validate_every=1)
 
 
 PRESETS = {"small": small, "paper": paper}

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT, AUGMENT = range(8)
 
 
+GIVEN = 0.75  # fraction of the training draws in which one modality is given: measured, see the README
 LARGEST_BETA = 0.999  # as published with the cosine schedule: keeps alpha_bar_T above 0
 Volumes = dict[str, Tensor]
 
@@ -81,8 +82,8 @@ def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str
                        keys: list[tuple[int, ...]]) -> Volumes:
     """{modality: (B,)} timesteps for one step of training; key: one per pair.
 
-    "shared": one t for both. "independent": one each, and for a quarter of the draws per direction the source is given
-    (t = 0), so that the same network learns to translate.
+    "shared": one t for both. "independent": one each, and in GIVEN of the draws one of the two, either as often, is
+    given clean (t = 0), so that the same network learns to translate.
     """
     drawn = {name: [] for name in modalities}
     for key in keys:
@@ -91,9 +92,9 @@ def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str
         if coupling == "shared":
             t = [t[0], t[0]]
         else:
-            case = int(torch.randint(0, 4, (1,), generator=generator))
-            if case < 2:
-                t[case] = 0
+            case = float(torch.rand(1, generator=generator)) / GIVEN
+            if case < 1:
+                t[int(2 * case)] = 0
         for name, each in zip(modalities, t):
             drawn[name].append(each)
     return {name: torch.tensor(each) for name, each in drawn.items()}

@@ -193,6 +193,43 @@ def test_augmentation_changes_both_stages(trained, study_csv, tmp_path):
         assert losses[0] != losses[1] and all(np.isfinite(float(loss)) for loss in losses[0])
 
 
+def test_the_pattern_mask_is_drawn_once(trained, study_csv, tmp_path, capsys):
+    picture = trained / "results/stage1/pattern_mask.png"
+    pixels = np.asarray(Image.open(picture)).astype(int)
+    assert ((pixels[..., 0] - pixels[..., 1]) > 60).sum() > 200  # red
+    native = write_pairs(tmp_path / "native", name="{}_{}.nii.gz")
+    assert main.main(arguments(native, tmp_path, "--max_steps", "1")) == 0
+    assert "6 of 6 pairs are not known to be in MNI space" in capsys.readouterr().out
+    assert not (tmp_path / "results/stage1/pattern_mask.png").exists()
+    labels = str(native.parent / "sub-01_fmri.nii.gz")  # any image over the volumes; all above 0 counts
+    words = arguments(native, tmp_path, "--max_steps", "1", "--pattern_file", labels)
+    folders = ["--checkpoint_dir", str(tmp_path / "c"), "--result_dir", str(tmp_path / "r")]
+    assert main.main([*words, *folders]) == 0 and "MNI" not in capsys.readouterr().out
+    drawn = (tmp_path / "r/stage1/pattern_mask.png").stat().st_mtime_ns
+    assert main.main([*words, *folders, "--max_steps", "2"]) == 0
+    assert (tmp_path / "r/stage1/pattern_mask.png").stat().st_mtime_ns == drawn
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulation_changes_nothing_but_the_memory(trained, study_csv, tmp_path, stage):
+    words = arguments(study_csv, tmp_path) if stage == 1 else refine_arguments(study_csv, trained)
+    log, losses = "stage1/log.csv" if stage == 1 else "refine/log.csv", []
+    for count in ("1", "2"):
+        folders = ["--checkpoint_dir", str(tmp_path / count), "--result_dir", str(tmp_path / f"r{count}")]
+        more = ["--augment", "flip", "affine", "--accumulate", count, "--max_steps", "3"]
+        assert main.main([*words, *folders, *more]) == 0
+        losses.append([float(row["loss"]) for row in read_csv(tmp_path / f"r{count}" / log) if row["loss"]])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+def test_every_choice_of_stage_1_trains(study_csv, tmp_path):
+    for number, more in enumerate([["--loss", "l1", "--sampler", "ddim", "--eta", "0.5"],
+                                   ["--timestep_coupling", "shared", "--prediction", "epsilon"],
+                                   ["--fusion", "late", "--pattern_weight", "0"]]):
+        words = arguments(study_csv, tmp_path / str(number), "--max_steps", "2", *more)
+        assert main.main(words) == 0
+
+
 def refusal(capsys, words: list[str]) -> str:
     assert main.main(words) == 2
     return capsys.readouterr().err

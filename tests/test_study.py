@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.atlas import pattern_mask, roi_centres
+from data.atlas import AtlasError, LabelImage, pattern_mask, roi_centres
 from data.augment import PairTransform
 from data.cache import Reading, cached_volume
 from data.pairs import find_pairs
@@ -58,6 +58,21 @@ def test_masks_are_spheres_at_the_coordinates():
 def test_no_roi_vanishes_on_a_coarse_grid_and_none_is_painted_outside():
     affine = np.diag([12.0, 12, 12, 1])
     assert pattern_mask((8, 8, 8), affine, np.array([[30.0, 30, 30], [500, 0, 0]]), 1.0).sum() == 1
+
+
+def test_labels_of_ones_own_on_another_grid(tmp_path):
+    """A box of label 3 in millimetres, seen on a grid of other spacing and orientation."""
+    labels = np.zeros((40, 40, 40), np.int16)
+    labels[10:20, 12:24, 8:28], labels[30:, :, :] = 3, 7
+    path = save(tmp_path / "labels.nii.gz", labels, np.diag([2.0, 2, 2, 1]))
+    affine = np.array([[-5.0, 0, 0, 77.5], [0, 4.0, 0, 1], [0, 0, 10.0, 4], [0, 0, 0, 1]])
+    mask = LabelImage(path, (3,)).mask((16, 20, 8), affine)
+    places = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
+    assert (places >= [19, 23, 15]).all() and (places <= [39, 47, 55]).all()  # the box: -1 .. +1 mm around its voxels
+    assert mask.sum() * 5 * 4 * 10 == pytest.approx(20 * 24 * 40, rel=0.15)
+    assert LabelImage(path, ()).mask((16, 20, 8), affine).sum() > mask.sum()
+    with pytest.raises(AtlasError, match=r"opt.pattern_labels names 4, 5, but .*labels.nii.gz has only 3, 7"):
+        LabelImage(path, (3, 4, 5))
 
 
 # ---- the cache
@@ -142,9 +157,32 @@ def test_study(tmp_path):
     assert study.set_pattern(("default",), 5.0, "auto") == 6
     mask = study.masks([0, 1])["dmri"]
     assert set(mask.unique().tolist()) == {0, 1} and mask.shape == (2, 1, *SIZES["dmri"])
+    assert mask[0, 0].any() and study.has_pattern == [True] * 6
     assert study.set_pattern(("default",), 5.0, "native") == 0 and study.masks([0])["dmri"].sum() == 0
     low, high = study.train_range("fmri")
     assert -100 < low < high < 1000 and study.problems == []
+
+
+def test_a_pattern_of_ones_own_for_each_subject(tmp_path):
+    study = study_of(write_pairs(tmp_path / "s", subjects=6, name="{}_{}.nii.gz"), tmp_path / "cache")
+    assert study.set_pattern(("default",), 5.0, "auto") == 0  # native space: no spheres are painted
+    for number, pair in enumerate(study.pairs):
+        labels = np.zeros(SIZES["fmri"], np.uint8)
+        labels[number:number + 2] = 1
+        save(tmp_path / f"{pair.subject}_labels.nii.gz", labels, study.affines["fmri"][number])
+    file = str(tmp_path / "{subject}_labels.nii.gz")
+    assert study.set_pattern(("default",), 5.0, "auto", file) == 6
+    for number in (0, 3):
+        mask = study.masks([number])["fmri"][0, 0]
+        assert mask[number:number + 2].all() and mask.sum() == 2 * 13 * 11
+        assert study.masks([number])["dmri"].any()
+    with pytest.raises(AtlasError, match="opt.pattern_labels names 9"):
+        study.set_pattern(("default",), 5.0, "auto", file, (9,))
+    with pytest.raises(DataError, match="no such file"):
+        study.set_pattern(("default",), 5.0, "auto", str(tmp_path / "none.nii"))
+    save(tmp_path / "far.nii", np.ones((4, 4, 4), np.uint8), np.eye(4) + 3000 * np.eye(4)[:, [3, 0, 1, 2]].T)
+    with pytest.raises(AtlasError, match="no voxel of it lies in .*far.nii"):
+        study.set_pattern(("default",), 5.0, "auto", str(tmp_path / "far.nii"))
 
 
 def test_D8_the_same_scan_under_two_names_is_refused(tmp_path):

@@ -53,6 +53,9 @@ def test_both_presets_are_valid():
     ("reduce", {"fmri": "mean"}, ["opt.reduce"]),
     ("intensity", {"fmri": "minmax", "dmri": "max"}, ["opt.intensity", "choose from percentile"]),
     ("augment", ("flip", "rotate"), ["opt.augment", "choose from flip, affine, intensity"]),
+    ("eta", 0.5, ["opt.eta = 0.5", 'opt.sampler = "ddim"']),
+    ("pattern_labels", (0, 3), ["opt.pattern_labels", "background"]),
+    ("image_size", 1000, ["opt.image_size = 1000", "at most"]),
     ("augment", "flip", ["opt.augment = 'flip'"]),
     ("bids_suffix", {"t1": "T1w"}, ["opt.bids_suffix", "fmri=desc-preproc_bold"]),
     ("bids_suffix", {"fmri": "../x"}, ["opt.bids_suffix"]),
@@ -107,6 +110,7 @@ def test_the_command_line_goes_over_edits_over_the_preset():
     (["--image_size", "fmri=32x32x18", "dmri=48x48x30"], "image_size", {"fmri": (32, 32, 18), "dmri": (48, 48, 30)}),
     (["--modalities", "t1", "flair"], "modalities", ("t1", "flair")), (["--reduce", "std"], "reduce", "std"),
     (["--bids_suffix", "fmri=desc-preproc_bold"], "bids_suffix", {"fmri": "desc-preproc_bold"}),
+    (["--pattern_labels", "3", "7"], "pattern_labels", (3, 7)),
     (["--augment", "flip", "affine"], "augment", ("flip", "affine")),
     (["--reduce", "fmri=mean", "dmri=b0"], "reduce", {"fmri": "mean", "dmri": "b0"})])
 def test_values_on_the_command_line(words, name, value):

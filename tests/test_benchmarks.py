@@ -1,0 +1,93 @@
+"""The scripts that the README's figures come from, on tiny data: they run, and their figures mean what they say."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from benchmarks import ablation, loader_cost, sampler_error, stage1_quality
+from models.backbone import Backbone
+from opt import PRESETS, opt
+from tests.conftest import arguments
+from utils.arguments import parse_arguments
+from utils.checkpoint import read_checkpoint
+
+
+@pytest.fixture
+def settings(study_csv, tmp_path):
+    return parse_arguments(opt, PRESETS, arguments(study_csv, tmp_path), "test")
+
+
+@pytest.fixture
+def checkpoint(study_csv, tmp_path):
+    assert main.main(arguments(study_csv, tmp_path, "--max_steps", "2")) == 0
+    return tmp_path / "checkpoints/best_model.pth"
+
+
+def test_quality_of_stage_1(checkpoint, settings, monkeypatch, capsys):
+    monkeypatch.setattr(stage1_quality, "JOINT", 3)
+    stage1_quality.report(checkpoint, settings)
+    told = capsys.readouterr().out
+    for words in ("fmri->dmri: one sample", "over the mean training volume", "over another subject's source",
+                  "joint dmri: mean_shift"):
+        assert words in told
+
+
+class Copyist(Backbone):
+    """Knows the answer: what it samples are the subjects themselves."""
+
+    def __init__(self, network, study):
+        super().__init__(network, None, "independent", torch.device("cpu"), False)
+        self.study, self.calls = study, 0
+
+    def sample(self, keys, sizes, steps, sampler, eta, given=None, progress=iter):
+        places = [key[2] % len(self.study.pairs) for key in keys]
+        return self.study.volumes(places)
+
+
+def test_scores_of_a_perfect_model(settings, monkeypatch):
+    monkeypatch.setattr(stage1_quality, "JOINT", 24)
+    study = main.read_study(settings)
+    network = ablation.Trial(settings, study, 1, torch.device("cpu")).smooth.network
+    perfect = Copyist(network, study)
+    for row in stage1_quality.translation_scores(perfect, study, settings, [0, 1], swapped=False):
+        assert row["psnr_of_8"] == row["psnr_single"] == float("inf") and row["inside"] == row["outside"] == 0
+    for values in stage1_quality.joint_scores(perfect, study, settings).values():
+        assert abs(values["mean_shift"]) < 1e-6 and values["std_ratio"] == pytest.approx(1, abs=1e-3)
+        assert values["spread_ratio"] == pytest.approx(1, rel=0.3) and values["nearest"] < values["nearest_real"]
+
+
+def test_ablation(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "FACTORS", {"default": {}, "pattern weight 0": {"pattern_weight": 0.0}})
+    monkeypatch.setattr(stage1_quality, "JOINT", 3)
+    ablation.ablate(settings, 0.05, 2, tmp_path / "out")
+    with open(tmp_path / "out/runs.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert {(row["variant"], row["seed"]) for row in runs} == {(v, s) for v in ablation.FACTORS for s in "01"}
+    assert len({row["x0_error"] for row in runs}) == 4  # the seed and the factor both count
+    table = (tmp_path / "out/table.md").read_text()
+    assert "default against pattern weight 0, inside the networks" in table and table.count("\n| ") == 2
+    before = (tmp_path / "out/runs.csv").read_text()
+    ablation.ablate(settings, 0.05, 2, tmp_path / "out")  # finished runs are not repeated
+    assert (tmp_path / "out/runs.csv").read_text() == before
+
+
+def test_cost_of_loading(settings, monkeypatch):
+    monkeypatch.setattr(loader_cost, "STEPS", 4)
+    seconds = loader_cost.measure(settings)
+    assert {name: len(each) for name, each in seconds.items()} == {"cache": 4, "tensors": 4, "loading": 4}
+    assert all((each > 0).all() for each in seconds.values())
+    assert np.median(seconds["loading"]) < np.median(seconds["tensors"])
+
+
+def test_errors_of_samplers(checkpoint, settings):
+    study = main.read_study(settings)
+    backbone = Backbone.from_checkpoint(read_checkpoint(checkpoint, ("stage 1",)), torch.device("cpu"), False)
+    found = sampler_error.errors(backbone, study, 0, (("dpmpp", 5), ("dpmpp", 40)), ("dpmpp", 40))
+    assert set(found) == {"joint", "given fmri", "given dmri"}
+    for row in found.values():
+        assert row["dpmpp", 40] == 0 < row["dpmpp", 5]
