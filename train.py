@@ -151,9 +151,9 @@ def draw_pattern(study: Study, path: Path) -> None:
         return
     real, masks = study.volumes([place]), study.masks([place])
     rows = [(f"{study.pairs[place].name}\n{name}",
-             [Panel(real[name][0, 0].numpy(), spacing_of(study.affines[name][place]), overlay=overlay)
-              for overlay in (masks[name][0, 0].numpy() > 0, None)]) for name in study.modalities]
-    save_grid(path, "Where the loss weighs more (red), in the slices with most of it", ["pattern mask", "volume"], rows)
+             [Panel(real[name][0, 0].numpy(), spacing_of(study.affines[name][place]),
+                    overlay=masks[name][0, 0].numpy() > 0)]) for name in study.modalities]
+    save_grid(path, "Red: where the loss weighs more", ["the slices with most of it"], rows)
 
 
 def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int) -> None:

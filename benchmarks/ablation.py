@@ -33,8 +33,7 @@ from utils.metrics import paired_gain
 from utils.optimise import Optimiser, use_bfloat16
 
 FACTORS = {"default": {}, "timesteps shared": {"timestep_coupling": "shared"}, "epsilon": {"prediction": "epsilon"},
-           "fusion late": {"fusion": "late"}, "loss L2": {"loss": "l2"}, "pattern weight 0": {"pattern_weight": 0.0},
-           "pattern weight 4": {"pattern_weight": 4.0}}
+           "fusion late": {"fusion": "late"}, "loss L1": {"loss": "l1"}, "pattern weight 0": {"pattern_weight": 0.0}}
 RUN_COLUMNS = ("variant", "seed", "steps", "x0_error", "joint", "mean_shift", "std_ratio", "spread_ratio", "nearest",
                "nearest_real")
 SUBJECT_COLUMNS = ("variant", "seed", "subject", "direction", "psnr_single", "ssim_single", "psnr_of_8", "ssim_of_8",
@@ -131,21 +130,18 @@ def table(runs: list[dict], subjects: list[dict]) -> str:
 
 
 def pattern_effect(subjects: list[dict]) -> list[str]:
-    """Error with a pattern weight minus error without it, paired by subject, direction and seed."""
+    """Error with the pattern weight minus error without it, paired by subject (mean of directions and seeds)."""
     lines = []
-    for variant in ("default", "pattern weight 4"):
-        for region in ("inside", "outside"):
-            both = []
-            for name in (variant, "pattern weight 0"):
-                values = {}
-                for row in subjects:
-                    if row["variant"] == name:
-                        values.setdefault(row["subject"], []).append(float(row[region]))
-                both.append(np.array([np.mean(values[subject]) for subject in sorted(values)]))
-            if len(both[0]) and len(both[0]) == len(both[1]):
-                gain, low, high = paired_gain(*both)
-                gain, low, high = (each / both[1].mean() for each in (gain, low, high))
-                lines.append(f"{variant} against pattern weight 0, {region} the networks: mean absolute error "
+    for region in ("inside", "outside"):
+        values = {}
+        for row in subjects:
+            values.setdefault(row["variant"], {}).setdefault(row["subject"], []).append(float(row[region]))
+        if {"default", "pattern weight 0"} <= values.keys():
+            with_weight, without = (np.array([np.mean(values[name][subject]) for subject in sorted(values[name])])
+                                    for name in ("default", "pattern weight 0"))
+            if len(with_weight) == len(without):
+                gain, low, high = (each / without.mean() for each in paired_gain(with_weight, without))
+                lines.append(f"default against pattern weight 0, {region} the networks: mean absolute error "
                              f"{gain:+.1%} ({low:+.1%} .. {high:+.1%})")
     return lines
 
