@@ -106,7 +106,7 @@ class Options:
     refine_learning_rate: float = 1e-3  # stage 2: the same
     batch_size: int = 4  # pairs per step
     accumulate: int = 1  # parts that a step's pairs are computed in, one after the other: less memory, same gradient
-    epochs: int = 110  # stage 1: passes over the training pairs
+    epochs: int = 120  # stage 1: passes over the training pairs
     refine_epochs: int = 80  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
     warmup_steps: int = 50  # steps over which the learning rate rises

@@ -83,7 +83,8 @@ def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str
     """{modality: (B,)} timesteps for one step of training; key: one per pair.
 
     "shared": one t for both. "independent": one each, and in GIVEN of the draws one of the two, either as often, is
-    given clean (t = 0), so that the same network learns to translate.
+    given clean (t = 0), so that the same network learns to translate. The other's t is then the larger of two draws:
+    what the source tells is decided where the target is still noise.
     """
     drawn = {name: [] for name in modalities}
     for key in keys:
@@ -94,6 +95,7 @@ def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str
         else:
             case = float(torch.rand(1, generator=generator)) / GIVEN
             if case < 1:
+                t = [max(t)] * 2
                 t[int(2 * case)] = 0
         for name, each in zip(modalities, t):
             drawn[name].append(each)

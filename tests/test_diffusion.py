@@ -212,6 +212,8 @@ def test_training_timesteps():
     own = training_timesteps("independent", T, ("fmri", "dmri"), keys)
     for name in own:
         assert 0.35 < (own[name] == 0).float().mean() < 0.40  # given in three eighths of the draws
+        other = own["dmri" if name == "fmri" else "fmri"][own[name] == 0]
+        assert 0.64 < (other / T).mean() < 0.70  # of the larger of two uniform draws: 2 / 3
     assert not ((own["fmri"] == 0) & (own["dmri"] == 0)).any()
     noisy = (own["fmri"] > 0) & (own["dmri"] > 0)
     assert abs(np.corrcoef(own["fmri"][noisy], own["dmri"][noisy])[0, 1]) < 0.06
