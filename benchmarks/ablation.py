@@ -32,6 +32,7 @@ from utils.ema import EMA
 from utils.metrics import paired_gain
 from utils.optimise import Optimiser, use_bfloat16
 
+JOINT = 12  # joint samples of each run
 FACTORS = {"default": {}, "timesteps shared": {"timestep_coupling": "shared"}, "epsilon": {"prediction": "epsilon"},
            "fusion late": {"fusion": "late"}, "loss L1": {"loss": "l1"}, "pattern weight 0": {"pattern_weight": 0.0}}
 RUN_COLUMNS = ("variant", "seed", "steps", "x0_error", "joint", "mean_shift", "std_ratio", "spread_ratio", "nearest",
@@ -75,7 +76,7 @@ def run(name: str, settings, study: Study, steps: int, device: torch.device) -> 
     label = {"variant": name, "seed": settings.seed}
     error = validate(trial.smooth, study, 0, settings.batch_size)
     runs = [{**label, "steps": steps, "x0_error": error, "joint": modality, **values}
-            for modality, values in joint_scores(trial.smooth, study, settings).items()]
+            for modality, values in joint_scores(trial.smooth, study, settings, JOINT).items()]
     rows = translation_scores(trial.smooth, study, settings, study.roles["validation"], swapped=False)
     return runs, [{**label, **row} for row in rows]
 

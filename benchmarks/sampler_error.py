@@ -22,7 +22,7 @@ from utils.arguments import parse_arguments
 from utils.checkpoint import read_checkpoint
 
 REFERENCE = ("dpmpp", 500)
-COMPARED = (("dpmpp", 12), ("ddim", 12), ("ddim", 100), ("dpmpp", 20), ("ddim", 500))
+COMPARED = (("dpmpp", 12), ("ddim", 12), ("ddim", 100), ("dpmpp", 20))
 
 
 def errors(backbone: Backbone, study, seed: int, compared=COMPARED, reference=REFERENCE) -> dict[str, dict]:

@@ -60,16 +60,16 @@ def translation_scores(backbone: Backbone, study: Study, opt, members: list[int]
     return rows
 
 
-def joint_scores(backbone: Backbone, study: Study, opt) -> dict[str, dict[str, float]]:
-    """modality -> how joint samples compare to the real volumes of all subjects.
+def joint_scores(backbone: Backbone, study: Study, opt, count: int) -> dict[str, dict[str, float]]:
+    """modality -> how `count` joint samples compare to the real volumes of all subjects.
 
     mean_shift: of all voxels; std_ratio: of all voxels; spread_ratio: variance between samples over that between
     subjects, mean over voxels; nearest, nearest_real: mean RMSE of a sample, and of a subject that was not trained on,
     to the training volume that is nearest to it.
     """
     made = {name: [] for name in study.modalities}
-    for start in range(0, JOINT, 8):
-        keys = [(opt.seed, Purpose.PICTURES, 10**6 + k) for k in range(start, min(start + 8, JOINT))]
+    for start in range(0, count, 8):
+        keys = [(opt.seed, Purpose.PICTURES, 10**6 + k) for k in range(start, min(start + 8, count))]
         for name, each in backbone.sample(keys, study.sizes, opt.sampling_steps, opt.sampler, opt.eta).items():
             made[name].append(each.cpu())
     scores = {}
@@ -102,7 +102,7 @@ def report(checkpoint: Path, settings) -> None:
         for label, key in (("the mean training volume", "mean_volume"), ("another subject's source", "psnr_swapped")):
             gain, low, high = paired_gain(mean["psnr_of_8"], mean[key])
             print(f"    over {label}: {gain:+.2f} dB ({low:+.2f} .. {high:+.2f})")
-    for name, values in joint_scores(backbone, study, settings).items():
+    for name, values in joint_scores(backbone, study, settings, JOINT).items():
         print(f"joint {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
 
 

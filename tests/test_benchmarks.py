@@ -49,21 +49,20 @@ class Copyist(Backbone):
         return self.study.volumes(places)
 
 
-def test_scores_of_a_perfect_model(settings, monkeypatch):
-    monkeypatch.setattr(stage1_quality, "JOINT", 24)
+def test_scores_of_a_perfect_model(settings):
     study = main.read_study(settings)
     network = ablation.Trial(settings, study, 1, torch.device("cpu")).smooth.network
     perfect = Copyist(network, study)
     for row in stage1_quality.translation_scores(perfect, study, settings, [0, 1], swapped=False):
         assert row["psnr_of_8"] == row["psnr_single"] == float("inf") and row["inside"] == row["outside"] == 0
-    for values in stage1_quality.joint_scores(perfect, study, settings).values():
+    for values in stage1_quality.joint_scores(perfect, study, settings, 24).values():
         assert abs(values["mean_shift"]) < 1e-6 and values["std_ratio"] == pytest.approx(1, abs=1e-3)
         assert values["spread_ratio"] == pytest.approx(1, rel=0.3) and values["nearest"] < values["nearest_real"]
 
 
-def test_ablation(settings, tmp_path, monkeypatch, capsys):
+def test_ablation(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "FACTORS", {"default": {}, "pattern weight 0": {"pattern_weight": 0.0}})
-    monkeypatch.setattr(stage1_quality, "JOINT", 3)
+    monkeypatch.setattr(ablation, "JOINT", 3)
     ablation.ablate(settings, 0.05, 2, tmp_path / "out")
     with open(tmp_path / "out/runs.csv", newline="") as file:
         runs = list(csv.DictReader(file))
