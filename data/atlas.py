@@ -64,6 +64,6 @@ class LabelImage:
         """Bool (X, Y, Z) on another grid: at least half of a voxel's 27 points are of the chosen labels."""
         to_labels = np.linalg.inv(self.affine) @ affine
         steps = [to_labels[:3, :3] @ (np.array(shift) - 1) / 3 for shift in np.ndindex(3, 3, 3)]
-        hits = sum(affine_transform(self.chosen, to_labels[:3, :3], to_labels[:3, 3] + step, output_shape=size, order=0)
-                   for step in steps)
+        hits = sum(affine_transform(self.chosen, to_labels[:3, :3], to_labels[:3, 3] + step, output_shape=size, order=0,
+                                    mode="grid-constant") for step in steps)  # up to the outer edges of its voxels
         return hits >= len(steps) / 2

@@ -54,7 +54,8 @@ def test_scores_of_a_perfect_model(settings):
     network = ablation.Trial(settings, study, 1, torch.device("cpu")).smooth.network
     perfect = Copyist(network, study)
     for row in stage1_quality.translation_scores(perfect, study, settings, [0, 1], swapped=False):
-        assert row["psnr_of_8"] == row["psnr_single"] == float("inf") and row["inside"] == row["outside"] == 0
+        assert row["psnr_single"] == float("inf") and row["psnr_of_8"] > 120  # but for the rounding of a mean of 8
+        assert max(row["inside"], row["outside"]) < 1e-6
     for values in stage1_quality.joint_scores(perfect, study, settings, 24).values():
         assert abs(values["mean_shift"]) < 1e-6 and values["std_ratio"] == pytest.approx(1, abs=1e-3)
         assert values["spread_ratio"] == pytest.approx(1, rel=0.3) and values["nearest"] < values["nearest_real"]
