@@ -105,7 +105,9 @@ class Options:
     learning_rate: float = 2e-3  # stage 1: Adam's peak rate, after the warm-up and before the cosine decay
     refine_learning_rate: float = 1e-3  # stage 2: the same
     batch_size: int = 4  # pairs per step
-    accumulate: int = 1  # parts that a step's pairs are computed in, one after the other: less memory, same gradient
+    # parts that a step's pairs are computed in, one after the other: less memory, and the same gradient (with dropout:
+    # another draw of what is dropped)
+    accumulate: int = 1
     epochs: int = 120  # stage 1: passes over the training pairs
     refine_epochs: int = 80  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
@@ -263,6 +265,7 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
         ("pattern_radius", o.pattern_radius <= 0, "must be above 0 mm"),
         ("eta", o.eta > 1, "must be at most 1"),
         ("eta", o.eta > 0 and o.sampler != "ddim", 'only opt.sampler = "ddim" has it'),
+        ("pattern_labels", bool(o.pattern_labels) and not o.pattern_file, "are labels of opt.pattern_file: set it too"),
         ("pattern_labels", any(label < 1 for label in o.pattern_labels), "0 is the background; give labels above it"),
         ("patch_size", o.patch_size > 8, "must be at most 8 voxels"),
         ("unet_depth", o.unet_depth > 6, "six levels shrink the volume 32-fold; choose fewer"),

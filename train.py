@@ -47,7 +47,8 @@ FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epo
 def model_facts(opt, study: Study) -> dict:
     """What a checkpoint says about its run: enough to rebuild the network, to recognise the run, and to write units."""
     return {"options": opt.resolved(), "sizes": dict(study.sizes), "network": opt.network_arguments(),
-            "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint},
+            "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint,
+                             "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
             "ranges": {name: study.train_range(name) for name in study.modalities}}
 
 
@@ -66,7 +67,7 @@ def augmentation(opt, study: Study, step: int, places: list[int]) -> PairTransfo
     """What opt.augment does to the pairs at these places of a batch; keyed by (seed, step, place), None for nothing."""
     if not opt.augment:
         return None
-    return PairTransform(opt.augment, study.modalities, study.extent(),
+    return PairTransform(opt.augment, study.modalities, study.extent,
                          [keyed_generator(opt.seed, Purpose.AUGMENT, step, place) for place in places])
 
 

@@ -27,6 +27,7 @@ from models.backbone import Backbone
 from models.diffusion import Purpose, keyed_generator
 from models.losses import blend_weights, microstructure_loss, tissue_loss
 from models.refine import RefineNet
+from models.samplers import spacing
 from train import STAGE as STAGE_1
 from train import augmentation, continue_run, load_batch, model_facts, parts, total_steps
 from utils.checkpoint import Checkpoint, CheckpointError, content_hash, read_checkpoint, refuse_another_run
@@ -45,7 +46,7 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", "tissue_loss", "microstructure_l
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
-                "accumulate", "loss", "device", "learning_rate"}
+                "accumulate", "loss", "timesteps", "prediction", "timestep_coupling", "device", "learning_rate"}
 # What must be the same in both stages, or subjects that the backbone was trained on would be tested on
 DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "intensity", "folds", "fold",
                 "validation_fraction", "seed")
@@ -57,8 +58,10 @@ class Refinement:
     def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str):
         self.opt, self.study, self.backbone = opt, study, backbone
         self.device, self.bfloat16 = backbone.device, backbone.bfloat16
-        sampler = (backbone_hash, opt.coarse, opt.coarse_samples, opt.sampler, opt.sampling_steps, opt.eta, opt.seed,
-                   self.bfloat16, study.fingerprint)
+        diffusion = backbone.diffusion
+        sampler = (backbone_hash, diffusion.prediction, backbone.coupling, opt.coarse, opt.coarse_samples, opt.sampler,
+                   spacing(diffusion.timesteps, opt.sampling_steps, opt.sampler), opt.eta, opt.seed, self.bfloat16,
+                   study.fingerprint)
         key = hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
         names = [pair.name for pair in study.pairs]
         self.coarse = CoarseVolumes(Path(opt.cache_dir) / "coarse" / key, names, backbone.network.directions)

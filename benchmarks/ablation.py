@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import time
 from pathlib import Path
 
@@ -91,11 +92,12 @@ def append(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
                         for row in rows)
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    """The rows of a file; of those that are there twice, after an interruption, the last. columns: that tell them."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        return list({tuple(row[column] for column in columns): row for row in csv.DictReader(file)}.values())
 
 
 def mean_and_spread(rows: list[dict], column: str, digits: int) -> str:
@@ -143,11 +145,12 @@ def pattern_effect(subjects: list[dict]) -> list[str]:
             if len(with_weight) == len(without):
                 gain, low, high = (each / without.mean() for each in paired_gain(with_weight, without))
                 lines.append(f"default against pattern weight 0, {region} the networks: mean absolute error "
-                             f"{gain:+.1%} ({low:+.1%} .. {high:+.1%})")
+                             f"{gain:+.1%} ({low:+.1%} .. {high:+.1%}, over subjects, for these seeds)")
     return lines
 
 
 def ablate(settings, seconds: float, seeds: int, out: Path) -> None:
+    settings.validate()
     study, device = main.read_study(settings), main.choose_device(settings.device)
     out.mkdir(parents=True, exist_ok=True)
     variants = {}
@@ -155,18 +158,24 @@ def ablate(settings, seconds: float, seeds: int, out: Path) -> None:
         variants[name] = copy.deepcopy(settings)
         for key, value in change.items():
             setattr(variants[name], key, value)
-    steps = {name: max(1, round(seconds / min(Trial(each, study, 6, device).train() for _ in range(2))))
-             for name, each in variants.items()}
+    plan = out / "steps.json"  # timed once, so that a continued ablation gives all seeds the same
+    if not plan.exists():
+        plan.write_text(json.dumps({
+            name: max(1, round(seconds / min(Trial(each, study, 6, device).train() for _ in range(2))))
+            for name, each in variants.items()}))
+    steps = json.loads(plan.read_text())
+    results = {"runs.csv": ("variant", "seed", "joint"), "subjects.csv": ("variant", "seed", "subject", "direction")}
     for seed in range(seeds):
         for name, each in variants.items():
             each.seed = seed
-            if any(row["variant"] == name and int(row["seed"]) == seed for row in read(out / "runs.csv")):
+            finished = read(out / "runs.csv", results["runs.csv"])
+            if any(row["variant"] == name and int(row["seed"]) == seed for row in finished):
                 continue
             runs, subjects = run(name, each, study, steps[name], device)
             append(out / "subjects.csv", SUBJECT_COLUMNS, subjects)
             append(out / "runs.csv", RUN_COLUMNS, runs)
-            (out / "table.md").write_text(table(read(out / "runs.csv"), read(out / "subjects.csv")) + "\n")
-    print(table(read(out / "runs.csv"), read(out / "subjects.csv")))
+            (out / "table.md").write_text(table(*(read(out / name, keys) for name, keys in results.items())) + "\n")
+    print((out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def in_memory(study: Study) -> None:
 
 def measure(settings) -> dict[str, np.ndarray]:
     """Seconds of each step with the cache and with tensors, and of loading alone, (STEPS,) each."""
+    settings.validate()
     cached, tensors = main.read_study(settings), main.read_study(settings)
     in_memory(tensors)
     device = main.choose_device(settings.device)

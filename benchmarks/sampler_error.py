@@ -13,13 +13,11 @@ from pathlib import Path
 
 import torch
 
-import main
+from benchmarks.stage1_quality import open_run
 from models.backbone import Backbone
 from models.diffusion import Purpose
 from opt import PRESETS, opt
-from train import STAGE
 from utils.arguments import parse_arguments
-from utils.checkpoint import read_checkpoint
 
 REFERENCE = ("dpmpp", 500)
 COMPARED = (("dpmpp", 12), ("ddim", 12), ("ddim", 100), ("dpmpp", 20))
@@ -42,7 +40,7 @@ def errors(backbone: Backbone, study, seed: int, compared=COMPARED, reference=RE
 
 if __name__ == "__main__":
     settings = parse_arguments(opt, PRESETS, sys.argv[2:], __doc__.splitlines()[0])
-    study, device = main.read_study(settings), main.choose_device(settings.device)
-    backbone = Backbone.from_checkpoint(read_checkpoint(Path(sys.argv[1]), (STAGE,)), device, bfloat16=False)
+    study, backbone = open_run(Path(sys.argv[1]), settings)
+    backbone.bfloat16 = False
     for what, row in errors(backbone, study, settings.seed).items():
         print(f"{what}: " + ", ".join(f"{sampler} {steps}: {value:.4f}" for (sampler, steps), value in row.items()))

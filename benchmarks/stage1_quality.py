@@ -21,7 +21,7 @@ from models.diffusion import Purpose
 from opt import PRESETS, opt
 from train import STAGE
 from utils.arguments import parse_arguments
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import read_checkpoint, refuse_another_run
 from utils.metrics import paired_gain, score
 from utils.optimise import use_bfloat16
 
@@ -88,10 +88,17 @@ def joint_scores(backbone: Backbone, study: Study, opt, count: int) -> dict[str,
     return scores
 
 
-def report(checkpoint: Path, settings) -> None:
+def open_run(checkpoint: Path, settings) -> tuple[Study, Backbone]:
+    """A stage-1 model and the study that it was trained on; refuses another study or split."""
+    settings.validate()
     study, device = main.read_study(settings), main.choose_device(settings.device)
-    backbone = Backbone.from_checkpoint(read_checkpoint(checkpoint, (STAGE,)), device,
-                                        use_bfloat16(settings.precision, device))
+    state = read_checkpoint(checkpoint, (STAGE,))
+    refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
+    return study, Backbone.from_checkpoint(state, device, use_bfloat16(settings.precision, device))
+
+
+def report(checkpoint: Path, settings) -> None:
+    study, backbone = open_run(checkpoint, settings)
     rows = translation_scores(backbone, study, settings, study.roles["test"], swapped=True)
     for direction in dict.fromkeys(row["direction"] for row in rows):
         mine = [row for row in rows if row["direction"] == direction]

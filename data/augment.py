@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AUGMENT = ("flip", "affine", "intensity")
 ANGLE, SCALE, SHIFT = 5.0, 0.05, 3.0  # largest rotation about each axis (degrees), growth, and shift (mm)
 GAMMA = 0.25  # largest |log| of the exponent that bends the intensities
 
@@ -17,7 +16,7 @@ GAMMA = 0.25  # largest |log| of the exponent that bends the intensities
 class PairTransform:
     """What happens to the pairs of one batch; one generator per pair decides, so it depends on their keys alone.
 
-    kinds: of AUGMENT: "flip" left and right, "affine" (rotation, size and shift), "intensity" (a bent scale of grey,
+    kinds: any of "flip" left and right, "affine" (rotation, size and shift), "intensity" (a bent scale of grey,
     one per modality). extent: (3,) mm, the field of view that both modalities share. Volumes are (B, 1, X, Y, Z).
     """
 

@@ -45,7 +45,8 @@ class Study:
                 self.ranges[name].append((facts["low"], facts["high"]))
                 self.affines[name].append(np.array(facts["affine"]))
                 scans.append((pair.name, pair.files[name], facts["content"]))
-                content.update(f"{pair.name} {name} {facts['content']}".encode())
+                place = np.round(facts["affine"], 3) + 0.0  # no negative zeros: they would hash differently
+                content.update(f"{pair.name} {name} {facts['content']} {place.tolist()}".encode())
                 if facts["repaired"]:
                     self.problems.append(repaired(pair, name, facts["repaired"]))
         refuse(identical_scans(scans))
@@ -76,6 +77,16 @@ class Study:
                 self._mask_of[name][i] = self._painted(name, i, paint, origin)
         return sum(self.has_pattern)
 
+    def pattern_fingerprint(self) -> str:
+        """Hash of all pattern masks."""
+        digest, known = hashlib.sha256(), {}
+        for name in self.modalities:
+            for mask in self._mask_of[name]:
+                if mask is not None and id(mask) not in known:
+                    known[id(mask)] = hashlib.sha256(mask.numpy().tobytes()).digest()
+                digest.update(known.get(id(mask), b""))
+        return digest.hexdigest()
+
     def _painted(self, name: str, i: int, paint: Callable | None, origin: str) -> torch.Tensor:
         """The mask (1, X, Y, Z) of one volume; those on the same grid share theirs."""
         size, affine = self.sizes[name], self.affines[name][i]
@@ -94,6 +105,7 @@ class Study:
                 if (problem := fields_apart(pair, {name: (self.affines[name][i], self.sizes[name])
                                                    for name in self.modalities}))]
 
+    @functools.cached_property
     def extent(self) -> torch.Tensor:
         """(3,) mm, median over the pairs of the first modality's field of view, which both are overlaid on."""
         name = self.modalities[0]

@@ -26,8 +26,10 @@ def spacing(timesteps: int, steps: int, sampler: str) -> list[int]:
 
     lambda is infinite at t = 0 and about -10 at T, where next to nothing of x0 is seen: steps that are even in lambda
     alone would waste themselves there. With t / T = 2 / pi arctan(exp(-lambda)), which the cosine schedule nearly is,
-    the ends are cut off and the rest is stretched to reach 0 and T.
+    the ends are cut off and the rest is stretched to reach 0 and T. Raises ValueError unless 1 <= steps <= T.
     """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"{steps} steps do not fit into {timesteps} timesteps")
     x = np.linspace(1, 0, steps + 1)
     if sampler == "dpmpp":
         x = np.arctan(np.exp(x * (LAMBDAS[1] - LAMBDAS[0]) - LAMBDAS[1]))

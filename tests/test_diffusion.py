@@ -148,6 +148,12 @@ def test_spacing_ends_at_0_and_never_skips(steps, sampler):
     assert all(a > b for a, b in zip(times[:-1], times[1:]))
 
 
+@pytest.mark.parametrize("steps", [0, T + 1])
+def test_more_steps_than_timesteps_are_refused(steps):
+    with pytest.raises(ValueError, match="do not fit"):
+        spacing(T, steps, "dpmpp")
+
+
 def exact(x0):
     """A network that knows the answer, as v; it also checks what it is given."""
     diffusion = Diffusion(T, "v")

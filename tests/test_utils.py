@@ -54,7 +54,7 @@ def test_both_presets_are_valid():
     ("intensity", {"fmri": "minmax", "dmri": "max"}, ["opt.intensity", "choose from percentile"]),
     ("augment", ("flip", "rotate"), ["opt.augment", "choose from flip, affine, intensity"]),
     ("eta", 0.5, ["opt.eta = 0.5", 'opt.sampler = "ddim"']),
-    ("pattern_labels", (0, 3), ["opt.pattern_labels", "background"]),
+    ("pattern_labels", (0, 3), ["opt.pattern_labels", "background", "opt.pattern_file"]),
     ("image_size", 1000, ["opt.image_size = 1000", "at most"]),
     ("augment", "flip", ["opt.augment = 'flip'"]),
     ("bids_suffix", {"t1": "T1w"}, ["opt.bids_suffix", "fmri=desc-preproc_bold"]),
