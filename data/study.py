@@ -62,6 +62,7 @@ class Study:
         whose path may hold {subject} and {session}. Raises AtlasError where a mask turns out empty.
         """
         centres, images = roi_centres(networks), {}
+        self._masks.clear()  # of other networks or labels
         for i, pair in enumerate(self.pairs):
             if file:
                 path = Path(file.replace("{subject}", pair.subject).replace("{session}", pair.session))
