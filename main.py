@@ -29,6 +29,7 @@ from data.pairs import Pair, find_pairs
 from data.problems import DataError, Problem, refuse
 from data.split import split_subjects
 from data.study import Study
+from models.perceptual import WeightsError
 from models.unet import DualModalUNet
 from opt import PRESETS, SMALLEST_AXIS, OptionError, opt, small
 from utils.arguments import parse_arguments
@@ -179,7 +180,7 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         return run(settings)
-    except (OptionError, AtlasError, DataError, CheckpointError, LogError, TrainingError) as error:
+    except (OptionError, AtlasError, DataError, CheckpointError, LogError, TrainingError, WeightsError) as error:
         print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

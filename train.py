@@ -40,8 +40,9 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate"
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
                 "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampler",
-                "sampling_steps", "eta", "accumulate", "device", "refine_learning_rate", "refine_epochs",
-                "microstructure_weight", "coarse", "coarse_samples", "coarse_dropout", "warm_start"}
+                "sampling_steps", "eta", "accumulate", "device", "refine_optimiser", "refine_learning_rate",
+                "refine_epochs", "microstructure_weight", "perceptual_weight", "vgg_weights", "vgg_download", "coarse",
+                "coarse_samples", "coarse_dropout", "residual", "warm_start"}
 
 
 def model_facts(opt, study: Study) -> dict:
@@ -192,7 +193,7 @@ def train(opt, study: Study, device: torch.device) -> bool:
     members = study.roles["train"]
     steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.epochs, len(members))
     ema = EMA(network, opt.ema_decay)
-    optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip)
+    optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip, opt.optimiser)
     run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser}, model_facts(opt, study), math.inf)
     last, best = (Path(opt.checkpoint_dir) / name for name in ("last_model.pth", "best_model.pth"))
     continue_run(run, last, best, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)

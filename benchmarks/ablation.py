@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,12 @@ SUBJECT_COLUMNS = ("variant", "seed", "subject", "direction", "psnr_single", "ss
                    "mean_volume", "inside", "outside")
 
 
+def batches_of(study: Study, settings) -> Iterator[list[int]]:
+    """The training batches of one epoch after the other, without end."""
+    for epoch in itertools.count():
+        yield from epoch_batches(study.roles["train"], settings.batch_size, settings.seed, epoch)
+
+
 class Trial:
     """One variant being trained: its network, averages and optimiser."""
 
@@ -52,20 +60,17 @@ class Trial:
         network.set_means(study.mean_volumes())
         self.ema = EMA(network, settings.ema_decay)
         self.optimiser = Optimiser(network, settings.learning_rate, settings.warmup_steps, steps,
-                                   settings.gradient_clip)
+                                   settings.gradient_clip, settings.optimiser)
         how = (Diffusion(settings.timesteps, settings.prediction), settings.timestep_coupling, device,
                use_bfloat16(settings.precision, device))
         self.backbone, self.smooth = (Backbone(each, *how) for each in (network, self.ema.model))
 
     def train(self, progress=iter) -> float:
         """All steps; returns the median of their seconds."""
-        seconds, batches, epoch = [], [], 0
-        for step in progress(range(self.steps)):
-            if not batches:
-                members, size = self.study.roles["train"], self.settings.batch_size
-                batches, epoch = epoch_batches(members, size, self.settings.seed, epoch), epoch + 1
+        seconds = []
+        for step, batch in zip(progress(range(self.steps)), batches_of(self.study, self.settings)):
             start = time.perf_counter()
-            train_step(self.backbone, self.ema, self.optimiser, self.settings, self.study, batches.pop(0), step)
+            train_step(self.backbone, self.ema, self.optimiser, self.settings, self.study, batch, step)
             seconds.append(time.perf_counter() - start)
         return float(np.median(seconds))
 

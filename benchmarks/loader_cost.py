@@ -43,7 +43,8 @@ def measure(settings) -> dict[str, np.ndarray]:
     network = DualModalUNet(cached.sizes, **settings.network_arguments()).to(device)
     backbone = Backbone(network, Diffusion(settings.timesteps, settings.prediction), settings.timestep_coupling, device,
                         use_bfloat16(settings.precision, device))
-    ema, optimiser = EMA(network, settings.ema_decay), Optimiser(network, 1e-4, 1, STEPS, settings.gradient_clip)
+    ema = EMA(network, settings.ema_decay)
+    optimiser = Optimiser(network, 1e-4, 1, STEPS, settings.gradient_clip, settings.optimiser)
     batches = [batch for epoch in range(STEPS) for batch in
                epoch_batches(cached.roles["train"], settings.batch_size, settings.seed, epoch)][:STEPS + 2]
     seconds = {"cache": [], "tensors": [], "loading": []}

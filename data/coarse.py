@@ -1,8 +1,8 @@
-"""The coarse volumes of stage 2 on disk: made once, memory-mapped, and continued where their making was interrupted."""
+"""The coarse volumes of stage 2 on disk: sampled once, memory-mapped, and continued where that was interrupted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,35 +10,51 @@ import torch
 
 from data.files import replace_file
 
+Job = tuple[tuple[str, ...], list[tuple[int, int]]]  # targets that are sampled together, and (pair, sample) of each
+
 
 class CoarseVolumes:
-    """(source, target, position of the pair) -> coarse volume of the target, (X, Y, Z) in [-1, 1].
+    """Samples (X, Y, Z) in [-1, 1] of every target and pair, `count` of each; a coarse volume is a mean of them.
 
-    folder: its name has to depend on everything that the volumes depend on. names: of all pairs.
+    folder: its name has to depend on everything that the samples depend on. names: of all pairs.
+    sizes: target -> (X, Y, Z).
     """
 
-    def __init__(self, folder: Path, names: list[str], directions: Iterable[tuple[str, str]]):
-        self.folder, self.names, self.directions = folder, names, tuple(directions)
-        self._volumes: dict[tuple[str, str, int], np.ndarray] = {}
+    def __init__(self, folder: Path, names: list[str], sizes: dict[str, tuple[int, ...]], count: int):
+        self.folder, self.names, self.sizes, self.count = folder, names, sizes, count
+        self._samples: dict[tuple[str, int, int], np.ndarray] = {}
 
-    def prepare(self, sample: Callable[[str, str, list[int]], np.ndarray], at_once: int, progress) -> None:
-        """Make what is missing and map all of it into memory.
+    def prepare(self, sample: Callable[..., dict[str, np.ndarray]], together: bool, at_once: int, progress) -> None:
+        """Make what is missing, and map all of it into memory.
 
-        sample: (source, target, positions) -> (B, X, Y, Z), for `at_once` pairs; progress wraps the list of batches.
+        sample: (targets, [(pair, sample), ...]) -> {target: (B, X, Y, Z)}, for `at_once` of them. together: whether it
+        makes all targets in one go. progress wraps the list of jobs.
         """
-        batches = []
-        for source, target in self.directions:
-            missing = [i for i in range(len(self.names)) if not self._path(source, target, i).exists()]
-            batches += [(source, target, missing[start:start + at_once]) for start in range(0, len(missing), at_once)]
-        for source, target, batch in progress(batches):
-            for i, volume in zip(batch, sample(source, target, batch)):
-                replace_file(self._path(source, target, i), lambda file, volume=volume: np.save(file, volume))
-        self._volumes = {(source, target, i): np.load(self._path(source, target, i), mmap_mode="r")
-                         for source, target in self.directions for i in range(len(self.names))}
+        jobs: list[Job] = []
+        for targets in [tuple(self.sizes)] if together else [(name,) for name in self.sizes]:
+            missing = [(i, k) for i in range(len(self.names)) for k in range(self.count)
+                       if not all([self._mapped(target, i, k) for target in targets])]
+            jobs += [(targets, missing[start:start + at_once]) for start in range(0, len(missing), at_once)]
+        for targets, batch in progress(jobs):
+            for target, volumes in sample(targets, batch).items():
+                for (i, k), volume in zip(batch, volumes):
+                    replace_file(self._path(target, i, k), lambda file, volume=volume: np.save(file, volume))
+                    self._mapped(target, i, k)
 
-    def _path(self, source: str, target: str, position: int) -> Path:
-        return self.folder / f"{self.names[position]}_{source}_to_{target}.npy"
+    def _path(self, target: str, i: int, k: int) -> Path:
+        return self.folder / f"{self.names[i]}_{target}_{k}.npy"
 
-    def volumes(self, source: str, target: str, positions: list[int]) -> torch.Tensor:
-        """(B, 1, X, Y, Z) coarse volumes of the target."""
-        return torch.from_numpy(np.stack([self._volumes[source, target, i] for i in positions])[:, None])
+    def _mapped(self, target: str, i: int, k: int) -> bool:
+        """Map one file into memory; False where it is missing or not whole, so that it is made again."""
+        try:
+            volume = np.load(self._path(target, i, k), mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        self._samples[target, i, k] = volume
+        return volume.shape == tuple(self.sizes[target]) and volume.dtype == np.float32
+
+    def volumes(self, target: str, positions: list[int], chosen: list[list[int]] | None = None) -> torch.Tensor:
+        """(B, 1, X, Y, Z): the mean of all samples of each pair, or of those that `chosen` names for it."""
+        chosen = chosen or [list(range(self.count))] * len(positions)
+        means = [np.mean([self._samples[target, i, k] for k in each], axis=0) for i, each in zip(positions, chosen)]
+        return torch.from_numpy(np.stack(means)[:, None])

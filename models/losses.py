@@ -22,15 +22,21 @@ def tissue_loss(refined: Tensor, truth: Tensor, mask: Tensor, weight: float) -> 
     return ((1 + weight * mask) * (error.square() + error.abs())).mean()
 
 
+def projections(volume: Tensor) -> list[Tensor]:
+    """The means of (B, 1, X, Y, Z) along each axis: (B, 1, Y, Z), (B, 1, X, Z), (B, 1, X, Y).
+
+    They average the noise of a whole axis away, so that what differs is structure.
+    """
+    return [volume.mean(dim=axis) for axis in (2, 3, 4)]
+
+
 def microstructure_loss(refined: Tensor, truth: Tensor) -> Tensor:
     """Distance of the three orthogonal mean projections: their values and their gradients, mean absolute error.
 
-    The term of the method that needs no pretrained weights: a projection averages the noise of a whole axis away, so
-    that what differs is structure.
+    The term that needs no pretrained weights; models/perceptual.py has the one that does.
     """
     loss = refined.new_zeros(())
-    for axis in (2, 3, 4):
-        difference = (refined - truth).mean(dim=axis)  # (B, 1, two axes); the projection is linear
+    for difference in projections(refined - truth):  # (B, 1, two axes); the projection is linear
         loss = loss + difference.abs().mean() + sum(difference.diff(dim=along).abs().mean() for along in (2, 3))
     return loss / 3
 

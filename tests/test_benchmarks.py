@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import main
-from benchmarks import ablation, loader_cost, sampler_error, stage1_quality
+from benchmarks import ablation, group_difference, loader_cost, refine_ablation, sampler_error, stage1_quality
 from models.backbone import Backbone
 from opt import PRESETS, opt
 from tests.conftest import arguments
@@ -91,3 +91,54 @@ def test_errors_of_samplers(checkpoint, settings):
     assert set(found) == {"joint", "given fmri", "given dmri"}
     for row in found.values():
         assert row["dpmpp", 40] == 0 < row["dpmpp", 5]
+
+
+def test_projection_of_group_differences():
+    groups, generator = np.array(["NC", "NC", "AD", "AD"]), np.random.default_rng(0)
+    real = generator.normal(size=(4, 500))
+    assert group_difference.kept(real, real, groups) == (1, 1, 1)
+    assert group_difference.kept(0.5 * real + 3, real, groups) == pytest.approx((0.5, 0.5, 0.5))
+    other = group_difference.kept(generator.normal(size=(4, 500)), real, groups)
+    assert other[1] < 0.1 and abs(other[0]) < 0.2
+
+
+@pytest.fixture
+def grouped(study_csv, tmp_path):
+    """Words of a tiny run on a study with two groups."""
+    with open(study_csv, newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = tmp_path / "grouped.csv"
+    with open(table, "w", newline="") as file:
+        lines = csv.DictWriter(file, ["subject", "fmri", "dmri", "group"])
+        lines.writeheader()
+        for number, row in enumerate(rows):
+            files = {name: study_csv.parent / row[name] for name in ("fmri", "dmri")}
+            lines.writerow({**row, **files, "group": ("NC", "AD")[number % 2]})
+    return arguments(table, tmp_path)
+
+
+def test_group_difference_of_a_run(grouped, tmp_path, capsys):
+    assert main.main([*grouped, "--max_steps", "2"]) == 0
+    resume = ["--resume_path", str(tmp_path / "checkpoints/best_model.pth")]
+    assert main.main([*grouped, "--refine", *resume, "--max_steps", "2"]) == 0
+    capsys.readouterr()
+    refined = tmp_path / "checkpoints/best_refine.pth"
+    group_difference.report(refined, parse_arguments(opt, PRESETS, grouped, "test"))
+    told = capsys.readouterr().out
+    assert "1 NC, 1 AD" in told and told.count("100% (100% .. 100%)") == 2 and told.count("refined") == 2
+
+
+def test_ablation_of_stage_2(settings, tmp_path, monkeypatch):
+    names = ("default", "joint prior", "no stage 1")
+    monkeypatch.setattr(refine_ablation, "VARIANTS", {name: refine_ablation.VARIANTS[name] for name in names})
+    refine_ablation.ablate(settings, 1.0, 0.3, 1, tmp_path / "out")
+    with open(tmp_path / "out/subjects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    by_variant = {row["variant"]: row for row in rows}
+    assert set(by_variant) == set(names) and len({row["psnr"] for row in rows}) == len(rows)
+    assert float(by_variant["no stage 1"]["stage1"]) == float(by_variant["no stage 1"]["sampling"]) == 0
+    assert float(by_variant["joint prior"]["sampling"]) > 0
+    assert (tmp_path / "out/table.md").read_text().count("\n| ") == 3
+    before = (tmp_path / "out/subjects.csv").read_text()
+    refine_ablation.ablate(settings, 1.0, 0.3, 1, tmp_path / "out")  # finished runs are not repeated
+    assert (tmp_path / "out/subjects.csv").read_text() == before

@@ -50,6 +50,19 @@ class Checkpoint:
             part.load_state_dict(state[name])
 
 
+class Kept:
+    """A part of a checkpoint that does not change while the run goes on."""
+
+    def __init__(self, state: dict):
+        self.state = state
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = state
+
+
 def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
     """The content of a checkpoint of one of these stages, on the CPU. Raises CheckpointError; runs no code from it."""
     if not path.is_file():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 BAD_STEPS_IN_A_ROW = 5
+NOT_HIDDEN = {"stem", "target_stem", "head", "gain"}  # layers at the networks' ends
+MUON_RATE = 20.0  # times Adam's rate: Muon's update has length 1 for each row of a matrix, Adam's about 1 per weight
 
 
 class TrainingError(ValueError):
@@ -33,12 +35,26 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 
 
 class Optimiser:
-    """Adam with warm-up and cosine decay by optimiser step, and gradient clipping."""
+    """Muon or Adam with warm-up and cosine decay by optimiser step, and gradient clipping.
+
+    kind "muon" (torch.optim.Muon; Jordan et al. 2024) makes the update of every weight matrix inside the blocks
+    orthogonal, a convolution being the matrix from its inputs and taps to its outputs; the first and the last layers
+    (stem, head, gain), biases and norms stay with Adam. "adam": all of them. learning_rate is Adam's peak.
+    """
 
     def __init__(self, model: nn.Module, learning_rate: float, warmup_steps: int, total_steps: int,
-                 gradient_clip: float):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
+                 gradient_clip: float, kind: str = "adam"):
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
+        hidden = [p for name, p in named.items() if kind == "muon" and p.ndim > 1
+                  and not set(name.split(".")) & NOT_HIDDEN]
+        chosen = set(map(id, hidden))
+        rest = [p for p in self.parameters if id(p) not in chosen]
+        self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in hidden]  # (out, in)
+        self.parts = {"adam": torch.optim.Adam(rest, lr=learning_rate, fused=True)}
+        if self.matrices:
+            self.parts["muon"] = torch.optim.Muon([matrix for _, matrix in self.matrices], lr=learning_rate,
+                                                  weight_decay=0.0)
         self.peak, self.warmup, self.total, self.clip = learning_rate, warmup_steps, total_steps, gradient_clip
         self.bad_in_a_row = 0
 
@@ -54,13 +70,13 @@ class Optimiser:
 
         A loss or gradient that is not finite is not stepped on; several in a row raise TrainingError.
         """
-        self.adam.param_groups[0]["lr"], total = self.rate(step), 0.0
+        total = 0.0
         for loss in losses:
             loss.backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf).item()
         if math.isfinite(norm) and math.isfinite(total):
-            self.adam.step()
+            self._step(self.rate(step))
             self.bad_in_a_row = 0
         else:
             self.bad_in_a_row += 1
@@ -68,14 +84,23 @@ class Optimiser:
                 raise TrainingError(f"step {step}: loss or gradient was not finite {self.bad_in_a_row} times in a row, "
                                     f"last with {', '.join(subjects)}; none of these was taken. Start again in another "
                                     'opt.checkpoint_dir with a lower opt.learning_rate or opt.precision = "fp32"')
-        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         return total, norm
 
+    def _step(self, rate: float) -> None:
+        for parameter, matrix in self.matrices:
+            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        for name, part in self.parts.items():
+            part.param_groups[0]["lr"] = rate * (MUON_RATE if name == "muon" else 1)
+            part.step()
+
     def state_dict(self) -> dict:
-        return self.adam.state_dict()
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.adam.load_state_dict(state)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 class StopRequest:
