@@ -99,6 +99,7 @@ class Options:
     # in its path stand for those of each pair
     pattern_file: str = ""
     pattern_labels: tuple[int, ...] = ()  # the labels of pattern_file that count; (): all but 0
+    structure_weight: float = 0.1  # stage 2: weight of 1 - SSIM; 0 turns it off
     microstructure_weight: float = 0.1  # stage 2: weight of the loss on three projections; 0 turns it off
     # stage 2: weight of the loss on VGG16's features of these projections; 0 turns it off. Used where the weights of
     # VGG16 are at hand: a state dict of torchvision's in vgg_weights, or (empty) in the cache of torch.hub
@@ -250,8 +251,8 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
     at_least_one = ("folds", "unet_depth", "base_channels", "res_blocks", "output_blocks", "patch_size", "batch_size",
                     "epochs", "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples",
                     "accumulate")
-    not_negative = ("attention_tokens", "eta", "pattern_weight", "microstructure_weight", "perceptual_weight",
-                    "max_steps", "warmup_steps", "gradient_clip", "max_minutes", "seed")
+    not_negative = ("attention_tokens", "eta", "pattern_weight", "structure_weight", "microstructure_weight",
+                    "perceptual_weight", "max_steps", "warmup_steps", "gradient_clip", "max_minutes", "seed")
     fractions = ("validation_fraction", "dropout", "ema_decay", "coarse_dropout")
     names = {"reduce": ("mean", "std", "first", "b0", "shell"), "augment": ("flip", "affine", "intensity"),
              "intensity": ("percentile", "minmax", "brain_percentile", "brain_minmax")}

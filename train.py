@@ -41,8 +41,8 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate"
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
                 "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampler",
                 "sampling_steps", "eta", "accumulate", "device", "refine_optimiser", "refine_learning_rate",
-                "refine_epochs", "microstructure_weight", "perceptual_weight", "vgg_weights", "vgg_download", "coarse",
-                "coarse_samples", "coarse_dropout", "residual", "warm_start"}
+                "refine_epochs", "structure_weight", "microstructure_weight", "perceptual_weight", "vgg_weights",
+                "vgg_download", "coarse", "coarse_samples", "coarse_dropout", "residual", "warm_start"}
 
 
 def model_facts(opt, study: Study) -> dict:

@@ -19,7 +19,7 @@ from data.split import write_split
 from data.study import Study, epoch_batches
 from models.backbone import Backbone
 from models.diffusion import Purpose, keyed_generator
-from models.losses import blend_weights, microstructure_loss, tissue_loss
+from models.losses import blend_weights, microstructure_loss, structure_loss, tissue_loss
 from models.perceptual import PerceptualLoss, cached_weights, load_perceptual_loss
 from models.refine import RefineNet
 from refinement import Refinement, coarse_on_new_subjects, report, write_samples
@@ -34,7 +34,7 @@ from utils.optimise import Optimiser, StopRequest, use_bfloat16
 save_every = 100  # steps between two sample grids in results/
 
 STAGE = "stage 2"
-LOSSES = ("tissue_loss", "microstructure_loss", "perceptual_loss")
+LOSSES = ("tissue_loss", "structure_loss", "microstructure_loss", "perceptual_loss")
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", *LOSSES, "perceptual_share", "gradient_norm", "learning_rate", "psnr")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
@@ -63,7 +63,7 @@ def fit_blend(network: RefineNet, work: Refinement) -> None:
 
 def refinement_losses(network: RefineNet, work: Refinement, batch: list[int], step: int,
                       places: list[int]) -> dict[str, torch.Tensor]:
-    """Tissue, microstructure and perceptual loss of the pairs at these places of a batch: means over both directions.
+    """The losses of the pairs at these places of a batch: means over both directions.
     """
     opt, device = work.opt, work.device
     transform, members = augmentation(opt, work.study, step, places), [batch[place] for place in places]
@@ -75,6 +75,7 @@ def refinement_losses(network: RefineNet, work: Refinement, batch: list[int], st
         with work.autocast():
             refined = network(source, target, truth[source], coarse)
         losses["tissue_loss"] += tissue_loss(refined, truth[target], masks[target], opt.pattern_weight) / 2
+        losses["structure_loss"] += structure_loss(refined, truth[target]) / 2
         losses["microstructure_loss"] += microstructure_loss(refined, truth[target]) / 2
         if work.perceptual:
             losses["perceptual_loss"] += work.perceptual(refined, truth[target]) / 2
@@ -85,7 +86,8 @@ def train_step(network: RefineNet, ema: EMA, optimiser: Optimiser, work: Refinem
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
     torch.manual_seed(keyed_generator(work.opt.seed, Purpose.DROPOUT, step).initial_seed())
-    weights = dict(zip(LOSSES, (1.0, work.opt.microstructure_weight, work.opt.perceptual_weight)))
+    weights = dict(zip(LOSSES, (1.0, work.opt.structure_weight, work.opt.microstructure_weight,
+                                 work.opt.perceptual_weight)))
     sums = dict.fromkeys(LOSSES, 0.0)
 
     def losses() -> Iterator[torch.Tensor]:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from models.layers import Attention, from_patches, timestep_embedding, to_patches
-from models.losses import blend_weights, microstructure_loss, pattern_aware_loss, tissue_loss, x0_error
+from models.losses import blend_weights, microstructure_loss, pattern_aware_loss, structure_loss, tissue_loss, x0_error
 from models.refine import RefineNet
 from models.unet import DualModalUNet
 from utils.ema import EMA
-from utils.optimise import Optimiser, StopRequest, TrainingError, use_bfloat16
+from utils.metrics import score
+from utils.optimise import MUON_RATE, Optimiser, StopRequest, TrainingError, use_bfloat16
 
 SIZES = {"a": (11, 14, 13), "b": (17, 12, 15)}
 NETWORK = {"channels": 8, "depth": 3, "blocks": 2, "output_blocks": 2, "patch": 1, "fusion": "early",
@@ -95,6 +96,15 @@ def test_tissue_and_microstructure_losses():
     ramp = torch.linspace(0, 1, 4).expand(2, 1, 3, 5, 4)
     assert microstructure_loss(averaging_out, 0 * averaging_out) > microstructure_loss(ramp, 0 * ramp)
     assert x0_error(truth + 0.25, truth).tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_structure_loss_is_that_of_scikit_image():
+    torch.manual_seed(0)
+    truth = torch.rand(2, 1, 13, 11, 16) * 2 - 1
+    refined = (truth + 0.3 * torch.randn(truth.shape)).clamp(-1, 1)
+    expected = [score(a[0].numpy(), b[0].numpy(), {})["volume"]["ssim"] for a, b in zip(refined, truth)]
+    assert structure_loss(refined, truth).item() == pytest.approx(1 - sum(expected) / 2, abs=1e-5)
+    assert structure_loss(truth, truth).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_blend_weights_find_the_mixture():
@@ -188,6 +198,24 @@ def test_parts_of_a_loss_add_up():
         apart = split.update((other(part).square().sum() / 4 for part in inputs.split([1, 3])), 5, [])
         assert apart == pytest.approx(together, rel=1e-5)
     torch.testing.assert_close(other.weight, one.weight)
+
+
+def test_muon_makes_hidden_updates_orthogonal():
+    """Every singular value of a hidden layer's first update is about the rate; the ends of a network are Adam's."""
+    torch.manual_seed(0)
+    net = DualModalUNet(SIZES, **NETWORK)
+    steps = Optimiser(net, 1e-3, 1, 10, 1.0, "muon")
+    body = net.direction("a", "b").body
+    x = {name: torch.randn(1, 1, *size) for name, size in SIZES.items()}
+    t = {name: torch.tensor([5]) for name in SIZES}
+    for parameter in net.parameters():  # nothing is at its starting zero
+        nn.init.normal_(parameter, std=0.05)
+    before = [each.weight.detach().clone() for each in (body.down[0][0].conv1, body.stem)]
+    steps.update([sum(each.square().mean() for each in net(x, t).values())], 0, [])
+    hidden, stem = (each.weight.detach() - old for each, old in zip((body.down[0][0].conv1, body.stem), before))
+    singular = torch.linalg.svdvals(hidden.flatten(1)) / (1e-3 * MUON_RATE)
+    assert singular.min() > 0.5 and singular.max() < 1.5
+    assert stem.abs().max() <= 1.01e-3  # Adam's first step is the rate, whatever the gradient
 
 
 def test_gradients_are_clipped():

@@ -101,7 +101,8 @@ def test_training_sees_varied_coarse_volumes(study_csv, tmp_path):
 
 
 @pytest.mark.parametrize("more", [["--coarse", "joint", "--coarse_samples", "2"], ["--coarse", "none"],
-                                  ["--no-residual", "--no-warm_start"], ["--microstructure_weight", "0"]])
+                                  ["--no-residual", "--no-warm_start", "--refine_optimiser", "adam"],
+                                  ["--microstructure_weight", "0", "--structure_weight", "0"]])
 def test_every_choice_of_stage_2_trains(backbone, study_csv, tmp_path, more, capsys):
     assert main.main(words_for(backbone, study_csv, tmp_path, *more)) == 0
     said = capsys.readouterr().out
@@ -146,8 +147,8 @@ def test_with_weights_of_vgg16_their_share_is_logged(backbone, study_csv, tmp_pa
         share = 0.01 * float(row["perceptual_loss"]) / float(row["loss"])
         assert float(row["perceptual_share"]) == pytest.approx(share, rel=1e-3) and share > 0
         assert float(row["loss"]) == pytest.approx(
-            float(row["tissue_loss"]) + 0.1 * float(row["microstructure_loss"]) + 0.01 * float(row["perceptual_loss"]),
-            rel=1e-4)
+            float(row["tissue_loss"]) + 0.01 * float(row["perceptual_loss"])
+            + 0.1 * (float(row["microstructure_loss"]) + float(row["structure_loss"])), rel=1e-4)
     weights["features.0.bias"] = weights["features.0.bias"] + 1  # another loss is another run
     torch.save(weights, tmp_path / "vgg.pth")
     assert main.main([*words, "--max_steps", "3"]) == 2
