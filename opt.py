@@ -101,10 +101,9 @@ class Options:
     pattern_labels: tuple[int, ...] = ()  # the labels of pattern_file that count; (): all but 0
     structure_weight: float = 0.1  # stage 2: weight of 1 - SSIM; 0 turns it off
     microstructure_weight: float = 0.1  # stage 2: weight of the loss on three projections; 0 turns it off
-    # stage 2: weight of the loss on VGG16's features of these projections; 0 turns it off. Used where the weights of
-    # VGG16 are at hand: a state dict of torchvision's in vgg_weights, or (empty) in the cache of torch.hub
+    # stage 2: weight of the loss on VGG16's features of these projections, where its weights are at hand; 0: off
     perceptual_weight: float = 0.01
-    vgg_weights: str = ""
+    vgg_weights: str = ""  # a file with torchvision's state dict of VGG16; empty: its file in the cache of torch.hub
     vgg_download: bool = False  # fetch them into that cache, 528 MB, where they are not there
 
     # ---- Training
@@ -301,7 +300,8 @@ def paper() -> Options:
         output_blocks=1, patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared",
         prediction="epsilon", loss="l1", sampler="ddim", sampling_steps=20, learning_rate=1e-6,
         refine_optimiser="adam", refine_learning_rate=1e-5, batch_size=1, epochs=300, refine_epochs=300,
-        warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1, validate_every=1)
+        warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1, structure_weight=0.0,
+        validate_every=1)
 
 
 PRESETS = {"small": small, "paper": paper}

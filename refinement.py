@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ COARSE_BATCH = 8  # samples drawn at once
 class Refinement:
     """What every part of stage 2 works with: settings, study, coarse and mean volumes, and where it computes."""
 
-    def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str, perceptual: PerceptualLoss | None):
+    def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str,
+                 perceptual: PerceptualLoss | None = None, stop: object = None):
+        """Samples the coarse volumes that are missing, unless `stop` becomes true: then some may still be missing."""
         self.opt, self.study, self.backbone, self.perceptual = opt, study, backbone, perceptual
         self.device, self.bfloat16 = backbone.device, backbone.bfloat16
         self.means = study.mean_volumes()
@@ -40,7 +43,8 @@ class Refinement:
         self.samples = CoarseVolumes(folder, [pair.name for pair in study.pairs], study.sizes, opt.coarse_samples)
         if opt.coarse != "none":
             self.samples.prepare(self._sample, opt.coarse == "joint", COARSE_BATCH,
-                                 lambda jobs: tqdm(jobs, desc="coarse volumes", unit="batch", disable=not jobs))
+                                 lambda jobs: itertools.takewhile(lambda _: not stop, tqdm(
+                                     jobs, desc="coarse volumes", unit="batch", disable=not jobs)))
 
     def _sample(self, targets: tuple[str, ...], batch: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         """A sample of these targets, {target: (B, X, Y, Z)}, for each (pair, number of the sample)."""

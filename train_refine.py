@@ -39,8 +39,9 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", *LOSSES, "perceptual_share", "gr
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
-                "accumulate", "vgg_weights", "vgg_download", "loss", "timesteps", "prediction", "timestep_coupling",
-                "device", "optimiser", "learning_rate"}
+                "accumulate", "perceptual_weight", "vgg_weights", "vgg_download", "loss", "timesteps", "prediction",
+                "timestep_coupling", "device", "optimiser", "learning_rate"}
+VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 to go without)"  # a fingerprint of the run
 # What a stage-2 checkpoint keeps of the backbone's
 BACKBONE_FACTS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges")
 # What must be the same in both stages, or subjects that the backbone was trained on would be tested on
@@ -61,6 +62,10 @@ def fit_blend(network: RefineNet, work: Refinement) -> None:
         network.direction(source, target).blend.copy_(found if work.opt.residual else torch.zeros_like(found))
 
 
+def loss_weights(opt) -> dict[str, float]:
+    return dict(zip(LOSSES, (1.0, opt.structure_weight, opt.microstructure_weight, opt.perceptual_weight)))
+
+
 def refinement_losses(network: RefineNet, work: Refinement, batch: list[int], step: int,
                       places: list[int]) -> dict[str, torch.Tensor]:
     """The losses of the pairs at these places of a batch: means over both directions.
@@ -68,17 +73,16 @@ def refinement_losses(network: RefineNet, work: Refinement, batch: list[int], st
     opt, device = work.opt, work.device
     transform, members = augmentation(opt, work.study, step, places), [batch[place] for place in places]
     truth, masks = load_batch(work.study, members, transform, device)
-    losses = {name: torch.zeros((), device=device) for name in LOSSES}
+    losses, weights = {name: torch.zeros((), device=device) for name in LOSSES}, loss_weights(opt)
     for source, target in network.directions:
         coarse = work.varied_coarse(target, members, step, places)
         coarse = (transform.volume(target, coarse) if transform else coarse).to(device)
         with work.autocast():
             refined = network(source, target, truth[source], coarse)
         losses["tissue_loss"] += tissue_loss(refined, truth[target], masks[target], opt.pattern_weight) / 2
-        losses["structure_loss"] += structure_loss(refined, truth[target]) / 2
-        losses["microstructure_loss"] += microstructure_loss(refined, truth[target]) / 2
-        if work.perceptual:
-            losses["perceptual_loss"] += work.perceptual(refined, truth[target]) / 2
+        for name, term in zip(LOSSES[1:], (structure_loss, microstructure_loss, work.perceptual)):
+            if weights[name] and term:
+                losses[name] += term(refined, truth[target]) / 2
     return losses
 
 
@@ -86,9 +90,7 @@ def train_step(network: RefineNet, ema: EMA, optimiser: Optimiser, work: Refinem
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
     torch.manual_seed(keyed_generator(work.opt.seed, Purpose.DROPOUT, step).initial_seed())
-    weights = dict(zip(LOSSES, (1.0, work.opt.structure_weight, work.opt.microstructure_weight,
-                                 work.opt.perceptual_weight)))
-    sums = dict.fromkeys(LOSSES, 0.0)
+    weights, sums = loss_weights(work.opt), dict.fromkeys(LOSSES, 0.0)
 
     def losses() -> Iterator[torch.Tensor]:
         for places in parts(work.opt, batch):
@@ -172,8 +174,8 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.refine_epochs, len(members))
     facts = model_facts(opt, study)
     perceptual = find_perceptual_loss(opt, device)
-    facts["fingerprints"] |= {"backbone": backbone_hash,
-                              "weights of VGG16": content_hash(perceptual) if perceptual else ""}
+    facts["fingerprints"] |= {"backbone": backbone_hash, VGG: f"{opt.perceptual_weight} {content_hash(perceptual)}"
+                              if perceptual else ""}
     ema = EMA(network, opt.ema_decay)
     optimiser = Optimiser(network, opt.refine_learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           opt.refine_optimiser)
@@ -185,12 +187,17 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     folder = Path(opt.result_dir) / "refine"
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
     write_split(folder / "split.csv", study.pairs, study.roles)
-    work = Refinement(opt, study, backbone, backbone_hash, perceptual)
+    stop = StopRequest(opt.max_minutes)
+    with stop:
+        work = Refinement(opt, study, backbone, backbone_hash, perceptual, stop)
+    if stop:
+        print(f"Stopped while coarse volumes were sampled ({stop.reason}); the same command continues.")
+        return False
     if not continued:
         for each in (network, ema.model):
             fit_blend(each, work)
         run.save(last)
-    with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
+    with stop, tqdm(total=total, initial=run.step, unit="step") as bar:
         for epoch in range(run.step // steps_per_epoch, opt.refine_epochs):
             batches = epoch_batches(members, opt.batch_size, opt.seed, epoch)
             for batch in batches[run.step % steps_per_epoch:]:

@@ -1,12 +1,12 @@
 """Do refined volumes keep the difference between diagnostic groups inside the disease-related networks?
 
-    python -m benchmarks.group_difference checkpoints/best_refine.pth [any options of main.py, as the run had them]
+    python -m benchmarks.group_difference checkpoints/best_refine.pth [--data_root ... --cache_dir ...]
 
-Per direction, over the test subjects: the map of the mean NC volume minus the mean AD volume inside the pattern masks,
-of real, refined and coarse volumes. "kept" is the projection of a map on the real one, 100 % where it is the same (a
-map of other differences of the same size has about 0 %), with its 95 % bootstrap interval over the subjects of both
-groups; RMS is the size of the map, in [-1, 1] units. One mean over all of a mask would tell nothing: a volume is scaled
-by its own intensities, and the demo's real means differ by 0.4 standard deviations between the groups.
+Per direction, over the test subjects: the map of the mean NC volume minus the mean AD volume inside the pattern
+masks, of real, refined and coarse volumes. Its mean over the voxels; its RMS, both in [-1, 1] units; and "kept", its projection
+on the real map: 100 % where it is the same, about 0 % for a map of other differences of the same size, with the 95 %
+bootstrap interval over the subjects of both groups. The mean tells little: a volume is scaled by its own intensities,
+and the demo's real means differ by less than half a standard deviation between the groups.
 """
 
 from __future__ import annotations
@@ -63,23 +63,28 @@ def kept(made: np.ndarray, real: np.ndarray, groups: np.ndarray) -> tuple[float,
 
 
 def report(checkpoint: Path, settings) -> None:
+    main.allow_many_files()
+    state = read_checkpoint(checkpoint, (STAGE,))
+    for name, value in state["options"].items():  # as the run had them, but for where things are
+        if name not in ("data_root", "cache_dir", "device"):
+            setattr(settings, name, value)
     settings.resume_path = str(checkpoint)
     settings.validate()
     study, device = main.read_study(settings), main.choose_device(settings.device)
-    state = read_checkpoint(checkpoint, (STAGE,))
     backbone = open_backbone(settings, study, device, state, use_bfloat16(settings.precision, device))
-    work = Refinement(settings, study, backbone, content_hash(backbone.network), None)
+    work = Refinement(settings, study, backbone, content_hash(backbone.network))
     members = [i for i in study.roles["test"] if study.pairs[i].group in GROUPS]
     groups = np.array([study.pairs[i].group for i in members])
-    if set(groups) != set(GROUPS):
-        sys.exit(f"the test subjects are not of both groups {GROUPS}: give the study a group for each subject")
+    if set(groups) != set(GROUPS) or not all(study.has_pattern[i] for i in members):
+        sys.exit(f"this needs test subjects of both groups {GROUPS}, and their pattern masks")
     counts = ", ".join(f"{(groups == name).sum()} {name}" for name in GROUPS)
-    print(f"{'direction':<14} {'volume':<8} RMS     kept (95 % interval); {counts}")
+    print(f"{'direction':<14} {'volume':<8} mean     RMS     kept (95 % interval); {counts}")
     for direction, values in inside(work, open_refined(state, device), members).items():
         for kind, voxels in values.items():
             ratio, low, high = kept(voxels, values["real"], groups)
-            size = np.sqrt(np.square(difference(voxels, groups)).mean())
-            print(f"{direction:<14} {kind:<8} {size:.4f}  {ratio:.0%} ({low:.0%} .. {high:.0%})")
+            change = difference(voxels, groups)
+            size = np.sqrt(np.square(change).mean())
+            print(f"{direction:<14} {kind:<8} {change.mean():+.4f}  {size:.4f}  {ratio:.0%} ({low:.0%} .. {high:.0%})")
 
 
 if __name__ == "__main__":

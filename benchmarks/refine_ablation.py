@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +36,8 @@ from utils.optimise import Optimiser
 
 VARIANTS = {"default": {}, "joint prior": {"coarse": "joint"}, "no prior": {"coarse": "none"},
             "fresh trunk": {"warm_start": False}, "no residual path": {"residual": False},
-            "no microstructure loss": {"microstructure_weight": 0.0},
+            "no microstructure loss": {"microstructure_weight": 0.0}, "no structure loss": {"structure_weight": 0.0},
+            "Adam": {"refine_optimiser": "adam"},
             "no stage 1": {"coarse": "none", "warm_start": False}}
 COLUMNS = ("variant", "seed", "steps", "stage1", "sampling", "stage2", "subject", "direction", "psnr", "ssim", "coarse")
 
@@ -46,7 +48,7 @@ class RefineTrial:
     def __init__(self, settings, study: Study, backbone: Backbone):
         start = time.perf_counter()
         self.settings, self.study = settings, study
-        self.work = Refinement(settings, study, backbone, "", None)
+        self.work = Refinement(settings, study, backbone, "")
         self.sampling = 0.0 if settings.coarse == "none" else time.perf_counter() - start
         self.network = new_network(settings, study, backbone)
         fit_blend(self.network, self.work)
@@ -76,12 +78,11 @@ class RefineTrial:
         return rows
 
 
-def train_backbone(settings, study: Study, seconds: float, device: torch.device) -> Backbone:
-    """Stage 1 for about so many seconds; its smoothed network."""
-    steps = max(1, round(seconds / Trial(settings, study, 6, device).train()))
-    trial = Trial(settings, study, steps, device)
+def train_backbone(settings, study: Study, steps: int, device: torch.device) -> tuple[Backbone, float]:
+    """Stage 1; its smoothed network, and the seconds that it took."""
+    trial, start = Trial(settings, study, steps, device), time.perf_counter()
     trial.train(lambda each: tqdm(each, desc=f"stage 1, seed {settings.seed}", unit="step"))
-    return trial.smooth
+    return trial.smooth, time.perf_counter() - start
 
 
 def run(name: str, settings, study: Study, backbone: Backbone, seconds: float, stage_1: float) -> list[dict]:
@@ -91,7 +92,10 @@ def run(name: str, settings, study: Study, backbone: Backbone, seconds: float, s
         trial = RefineTrial(settings, study, backbone)
         before = 0.0 if settings.coarse == "none" and not settings.warm_start else stage_1
         pace = float(np.median(RefineTrial(settings, study, backbone).train(4)))
-        steps = max(1, round((seconds - before - trial.sampling) / pace))
+        steps = round((seconds - before - trial.sampling) / pace)
+        if steps < 1:
+            raise SystemExit(f"{name}: {seconds:g} seconds are over after {before:.0f} of stage 1 and "
+                             f"{trial.sampling:.0f} of sampling; give more with --seconds, or less with --stage1")
         spent = trial.train(steps, lambda each: tqdm(each, desc=f"{name}, seed {settings.seed}", unit="step"))
         label = {"variant": name, "seed": settings.seed, "steps": steps, "stage1": before, "sampling": trial.sampling,
                  "stage2": sum(spent)}
@@ -127,21 +131,30 @@ def table(rows: list[dict]) -> str:
 
 def ablate(settings, seconds: float, share: float, seeds: int, out: Path) -> None:
     settings.validate()
+    main.allow_many_files()
     study, device = main.read_study(settings), main.choose_device(settings.device)
     out.mkdir(parents=True, exist_ok=True)
+    plan, wanted = out / "plan.json", {"seconds": seconds, "share": share, "data": study.fingerprint,
+                                       "settings": repr({**settings.resolved(), "cache_dir": "", "data_root": ""})}
+    if not plan.exists():  # timed once, so that a continued ablation repeats the same stage 1
+        pace = min(Trial(settings, study, 6, device).train() for _ in range(2))
+        plan.write_text(json.dumps({**wanted, "steps": max(1, round(share * seconds / pace))}))
+    known = json.loads(plan.read_text())
+    if {**known, **wanted} != known:
+        raise SystemExit(f"{plan} is of an ablation with other settings or data; give another --out")
     for seed in range(seeds):
         finished = {row["variant"] for row in read(out / "subjects.csv", COLUMNS[:2]) if int(row["seed"]) == seed}
         if not set(VARIANTS) - finished:
             continue
         settings.seed = seed
-        backbone = train_backbone(settings, study, share * seconds, device)
+        backbone, spent = train_backbone(settings, study, known["steps"], device)
         for name in VARIANTS:
             if name in finished:
                 continue
             changed = copy.deepcopy(settings)
             for key, value in VARIANTS[name].items():
                 setattr(changed, key, value)
-            append(out / "subjects.csv", COLUMNS, run(name, changed, study, backbone, seconds, share * seconds))
+            append(out / "subjects.csv", COLUMNS, run(name, changed, study, backbone, seconds, spent))
             rows = read(out / "subjects.csv", ("variant", "seed", "subject", "direction"))
             (out / "table.md").write_text(table(rows) + "\n")
     print((out / "table.md").read_text())

@@ -28,7 +28,7 @@ class CoarseVolumes:
         """Make what is missing, and map all of it into memory.
 
         sample: (targets, [(pair, sample), ...]) -> {target: (B, X, Y, Z)}, for `at_once` of them. together: whether it
-        makes all targets in one go. progress wraps the list of jobs.
+        makes all targets in one go. progress wraps the list of jobs, and may end it early.
         """
         jobs: list[Job] = []
         for targets in [tuple(self.sizes)] if together else [(name,) for name in self.sizes]:
@@ -39,7 +39,8 @@ class CoarseVolumes:
             for target, volumes in sample(targets, batch).items():
                 for (i, k), volume in zip(batch, volumes):
                     replace_file(self._path(target, i, k), lambda file, volume=volume: np.save(file, volume))
-                    self._mapped(target, i, k)
+                    if not self._mapped(target, i, k):
+                        raise RuntimeError(f"{self._path(target, i, k)} is not what was just written there")
 
     def _path(self, target: str, i: int, k: int) -> Path:
         return self.folder / f"{self.names[i]}_{target}_{k}.npy"
@@ -48,7 +49,7 @@ class CoarseVolumes:
         """Map one file into memory; False where it is missing or not whole, so that it is made again."""
         try:
             volume = np.load(self._path(target, i, k), mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+        except (FileNotFoundError, ValueError, EOFError):
             return False
         self._samples[target, i, k] = volume
         return volume.shape == tuple(self.sizes[target]) and volume.dtype == np.float32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from models.losses import projections
 
 LAYERS = (3, 8, 15)  # of VGG16's features: relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that it was trained on
+NO_WEIGHTS = (OSError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, AttributeError, TypeError,
+              LookupError)  # what torch.load and a state dict that is none raise
 URL = VGG16_Weights.IMAGENET1K_V1.url
 
 
@@ -25,8 +27,8 @@ class WeightsError(ValueError):
 class PerceptualLoss(nn.Module):
     """Relative distance of VGG16 features of the mean projections of two volumes (B, 1, X, Y, Z) in [-1, 1].
 
-    weights: a state dict of torchvision's VGG16, or of its features; everything is frozen. Raises RuntimeError where it
-    is none.
+    weights: a state dict of torchvision's VGG16 (only "features..." is used); all is frozen. Raises RuntimeError, or
+    another of NO_WEIGHTS, where it is none.
     """
 
     def __init__(self, weights: dict[str, Tensor]):
@@ -43,7 +45,7 @@ class PerceptualLoss(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, refined: Tensor, truth: Tensor) -> Tensor:
-        """Mean over views and layers of sum |difference of features| / sum |features of the truth|; no unit."""
+        """Mean over pairs, views and layers of sum |difference of features| / sum |features of the truth|; no unit."""
         loss = refined.new_zeros(())
         for made, real in zip(projections(refined.float()), projections(truth.float())):
             made, real = (((each + 1) / 2 - self.mean) / self.deviation for each in (made, real))  # (B, 3, two axes)
@@ -52,7 +54,8 @@ class PerceptualLoss(nn.Module):
                 with torch.no_grad():
                     real = layer(real)
                 if number in LAYERS:
-                    loss = loss + (made - real).abs().sum() / (real.abs().sum() + 1e-6)
+                    size = real.abs().flatten(1).sum(dim=1) + 1e-6
+                    loss = loss + ((made - real).abs().flatten(1).sum(dim=1) / size).mean()
         return loss / (3 * len(LAYERS))
 
 
@@ -64,20 +67,32 @@ def cached_weights() -> Path:
 def load_perceptual_loss(file: str, download: bool) -> PerceptualLoss | None:
     """With the weights in `file`, or in torch.hub's cache (there the hash in the file's name is checked).
 
-    None where no file is given and the cache has none; with `download` it is fetched there. Raises WeightsError.
+    None where no file is given and the cache has none; with `download` it is fetched to there. Raises WeightsError.
     """
     path = Path(file) if file else cached_weights()
-    try:
-        if not file and download:
-            torch.hub.load_state_dict_from_url(URL, progress=True, check_hash=True, weights_only=True)
-        elif not file and not path.exists():
+    if not file and not path.exists():
+        if not download:
             return None
-        if not file and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rsplit("-", 1)[1]):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix=hash_in_name(path))
+        except (OSError, RuntimeError) as error:  # no connection, no space, another hash
+            raise WeightsError(f"opt.vgg_download = True: {URL} could not be fetched to {path} ({told(error)}); put "
+                               "the file there yourself, or set opt.vgg_download = False") from error
+    try:
+        if not file and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(hash_in_name(path)):
             raise WeightsError(f"{path}: is damaged, its hash is not that in its name; remove the file")
         return PerceptualLoss(torch.load(path, map_location="cpu", weights_only=True))
-    except URLError as error:
-        raise WeightsError(f"opt.vgg_download = True: {URL} could not be read ({error.reason}); put the file at {path} "
-                           "or set opt.vgg_download = False") from error
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path}: holds no weights of torchvision's VGG16 ({str(error).splitlines()[0]}); give "
-                           'opt.vgg_weights a state dict of it, or "" to go without') from error
+    except NO_WEIGHTS as error:
+        raise WeightsError(f"{path}: holds no weights of torchvision's VGG16 ({told(error)}); give opt.vgg_weights a "
+                           'state dict of it, or "" to look in the cache of torch.hub') from error
+
+
+def hash_in_name(path: Path) -> str:
+    """The first digits of the SHA-256 of a file of torchvision's, as its name has them."""
+    return path.stem.rsplit("-", 1)[1]
+
+
+def told(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -225,7 +225,7 @@ def test_accumulation_changes_nothing_but_the_memory(trained, study_csv, tmp_pat
 def test_every_choice_of_stage_1_trains(study_csv, tmp_path):
     for number, more in enumerate([["--loss", "l1", "--sampler", "ddim", "--eta", "0.5"],
                                    ["--timestep_coupling", "shared", "--prediction", "epsilon"],
-                                   ["--fusion", "late", "--pattern_weight", "0"]]):
+                                   ["--fusion", "late", "--pattern_weight", "0"], ["--optimiser", "muon"]]):
         words = arguments(study_csv, tmp_path / str(number), "--max_steps", "2", *more)
         assert main.main(words) == 0
 

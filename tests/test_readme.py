@@ -16,13 +16,13 @@ SETTINGS = {each.name for each in dataclasses.fields(Options)}
 
 
 def test_settings_and_options_exist():
-    named = set(re.findall(r"\bopt\.([a-z_]+)", README)) | set(re.findall(r"--([a-z_]+)", README))
-    ablation = set(re.findall(r'"--([a-z]+)"', (ROOT / "benchmarks/ablation.py").read_text()))
-    assert named - {"py", "preset", "help", "cov"} - ablation <= SETTINGS
+    named = set(re.findall(r"\bopt\.([a-z_]+)", README)) | set(re.findall(r"--([a-z_0-9]+)", README))
+    own = {word for name in ("ablation", "refine_ablation")
+           for word in re.findall(r'"--([a-z0-9]+)"', (ROOT / f"benchmarks/{name}.py").read_text())}
+    assert named - {"py", "preset", "help", "cov"} - own <= SETTINGS
     words = set(re.findall(r"\w+", README))
     assert {"image_size", "learning_rate", "timesteps", "unet_depth", "base_channels"} <= words
 
-FILES = r"\b((?:data|models|utils|tests|benchmarks|docs)/[\w.]+\.\w+)"
 
 FILES = r"\b((?:data|models|utils|tests|benchmarks|docs)/[\w.]+\.\w+)"
 

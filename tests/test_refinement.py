@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import signal
 import socket
 import urllib.error
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_with_weights_of_vgg16_their_share_is_logged(backbone, study_csv, tmp_pa
     weights["features.0.bias"] = weights["features.0.bias"] + 1  # another loss is another run
     torch.save(weights, tmp_path / "vgg.pth")
     assert main.main([*words, "--max_steps", "3"]) == 2
-    assert "weights of VGG16: not the same" in capsys.readouterr().err
+    assert "opt.perceptual_weight = 0 to go without): not the same" in capsys.readouterr().err
 
 
 def test_the_perceptual_loss_knows_equal_from_different(weights):
@@ -173,7 +174,8 @@ def test_weights_that_are_none_are_refused(backbone, study_csv, tmp_path, weight
     for number, content in enumerate((broken, {"features.0.weight": torch.zeros(3)}, [1, 2], torch.zeros(3))):
         torch.save(content, tmp_path / f"{number}.pth")
     (tmp_path / "4.pth").write_bytes(b"<html>")
-    for name in ("0.pth", "1.pth", "2.pth", "3.pth", "4.pth", "none.pth"):
+    (tmp_path / "5.pth").write_bytes(b"")
+    for name in ("0.pth", "1.pth", "2.pth", "3.pth", "4.pth", "5.pth", "none.pth"):
         words = words_for(backbone, study_csv, tmp_path, "--vgg_weights", str(tmp_path / name))
         assert main.main(words) == 2, name
         assert name in capsys.readouterr().err
@@ -189,16 +191,42 @@ def test_weights_that_are_none_are_refused(backbone, study_csv, tmp_path, weight
     assert isinstance(load_perceptual_loss("", False), PerceptualLoss)
 
 
-def test_weights_are_fetched_only_when_asked_to(tmp_path, monkeypatch):
+def test_weights_are_fetched_only_when_asked_to(tmp_path, weights, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     asked = []
 
-    def unreachable(url, **how):
-        asked.append((url, how["check_hash"], how["weights_only"]))
+    def unreachable(url, path, hash_prefix):
+        asked.append((url.rsplit("/", 1)[1], Path(path), hash_prefix))
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     assert load_perceptual_loss("", False) is None and not asked
     with pytest.raises(WeightsError, match="no network.*opt.vgg_download = False"):
         load_perceptual_loss("", True)
-    assert len(asked) == 1 and asked[0][1:] == (True, True)
+    assert asked == [("vgg16-397923af.pth", cached_weights(), "397923af")]
+
+
+def test_parts_of_a_perceptual_loss_add_up(weights):
+    loss = PerceptualLoss(weights)
+    truth, refined = torch.rand(3, 1, 12, 13, 11), torch.rand(3, 1, 12, 13, 11)
+    parts = loss(refined[:1], truth[:1]) / 3 + loss(refined[1:], truth[1:]) * 2 / 3
+    assert parts.item() == pytest.approx(loss(refined, truth).item(), rel=1e-5)
+
+
+def test_a_stop_while_coarse_volumes_are_sampled(backbone, study_csv, tmp_path, monkeypatch, capsys):
+    words, seen = words_for(backbone, study_csv, tmp_path), []
+    whole = CoarseVolumes.prepare
+
+    def prepare(self, sample, together, at_once, progress):
+        def asked_to_stop(targets, batch):
+            seen.append(batch)
+            signal.raise_signal(signal.SIGTERM)
+            return sample(targets, batch)
+        whole(self, asked_to_stop, together, 1, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoarseVolumes, "prepare", prepare)
+        assert main.main(words) == 3
+    assert "Stopped while coarse volumes were sampled" in capsys.readouterr().out
+    assert len(seen) == len(list((tmp_path / "cache/coarse").rglob("*.npy"))) == 1
+    assert main.main(words) == 0

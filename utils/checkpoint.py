@@ -88,8 +88,8 @@ def refuse_another_run(path: Path, saved: dict, options: dict, fingerprints: dic
 
     options: those that have to be the same. fingerprints: of data, split and (stage 2) backbone.
     """
-    differ = [f"{name}: {saved['options'].get(name)!r} there, {value!r} now" for name, value in options.items()
-              if _plain(saved["options"].get(name)) != _plain(value)]
+    differ = [f"{name}: {saved['options'].get(name, 'no setting yet')!r} there, {value!r} now"
+              for name, value in options.items() if _plain(saved["options"].get(name)) != _plain(value)]
     differ += [f"the {name}: not the same" for name, value in fingerprints.items()
                if saved["fingerprints"].get(name) != value]
     if differ:

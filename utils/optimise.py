@@ -83,7 +83,7 @@ class Optimiser:
             if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
                 raise TrainingError(f"step {step}: loss or gradient was not finite {self.bad_in_a_row} times in a row, "
                                     f"last with {', '.join(subjects)}; none of these was taken. Start again in another "
-                                    'opt.checkpoint_dir with a lower opt.learning_rate or opt.precision = "fp32"')
+                                    'opt.checkpoint_dir with a lower learning rate or opt.precision = "fp32"')
         for parameter in self.parameters:
             parameter.grad = None
         return total, norm
