@@ -3,10 +3,10 @@
     python -m benchmarks.group_difference checkpoints/best_refine.pth [--data_root ... --cache_dir ...]
 
 Per direction, over the test subjects: the map of the mean NC volume minus the mean AD volume inside the pattern
-masks, of real, refined and coarse volumes. Its mean over the voxels; its RMS, both in [-1, 1] units; and "kept", its projection
-on the real map: 100 % where it is the same, about 0 % for a map of other differences of the same size, with the 95 %
-bootstrap interval over the subjects of both groups. The mean tells little: a volume is scaled by its own intensities,
-and the demo's real means differ by less than half a standard deviation between the groups.
+masks, of real, refined and coarse volumes. Its mean over the voxels; its RMS, both in [-1, 1] units; and "kept", its
+projection on the real map: 100 % where it is the same, about 0 % for a map of other differences of the same size, with
+the 95 % bootstrap interval over the subjects of both groups. The mean tells little: a volume is scaled by its own
+intensities, and the demo's real means differ by less than half a standard deviation between the groups.
 """
 
 from __future__ import annotations
