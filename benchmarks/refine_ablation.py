@@ -34,11 +34,10 @@ from utils.ema import EMA
 from utils.metrics import paired_gain, score
 from utils.optimise import Optimiser
 
-VARIANTS = {"default": {}, "joint prior": {"coarse": "joint"}, "no prior": {"coarse": "none"},
-            "fresh trunk": {"warm_start": False}, "no residual path": {"residual": False},
-            "no microstructure loss": {"microstructure_weight": 0.0}, "no structure loss": {"structure_weight": 0.0},
-            "Adam": {"refine_optimiser": "adam"},
-            "no stage 1": {"coarse": "none", "warm_start": False}}
+VARIANTS = {"default": {}, "no prior": {"coarse": "none"}, "no stage 1": {"coarse": "none", "warm_start": False},
+            "joint prior": {"coarse": "joint"}, "fresh trunk": {"warm_start": False},
+            "no residual path": {"residual": False}, "no microstructure loss": {"microstructure_weight": 0.0},
+            "no structure loss": {"structure_weight": 0.0}, "Adam": {"refine_optimiser": "adam"}}
 COLUMNS = ("variant", "seed", "steps", "stage1", "sampling", "stage2", "subject", "direction", "psnr", "ssim", "coarse")
 
 
