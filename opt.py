@@ -118,7 +118,7 @@ class Options:
     # another draw of what is dropped)
     accumulate: int = 1
     epochs: int = 120  # stage 1: passes over the training pairs
-    refine_epochs: int = 80  # stage 2: passes over the training pairs
+    refine_epochs: int = 120  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
     warmup_steps: int = 50  # steps over which the learning rate rises
     ema_decay: float = 0.995  # moving average of the weights that is validated, sampled and kept as best
