@@ -38,6 +38,7 @@ from utils.logger import LogError
 from utils.optimise import TrainingError, use_bfloat16
 
 FINISHED, REFUSED, STOPPED = 0, 2, 3
+REFUSALS = (OptionError, AtlasError, DataError, CheckpointError, LogError, TrainingError, WeightsError)
 
 
 def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
@@ -180,7 +181,7 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         return run(settings)
-    except (OptionError, AtlasError, DataError, CheckpointError, LogError, TrainingError, WeightsError) as error:
+    except REFUSALS as error:
         print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

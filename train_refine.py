@@ -225,8 +225,10 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
         run.save(last)
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.")
         return False
-    if not best.exists():  # a finished run, continued in another folder
+    if not best.exists():  # a finished run, continued in another folder, or its best is gone
+        run.best = validation_psnr(ema.model, work)
         run.save(best)
+        print(f"note: {best} was not there: the model of the last step stands in for the best")
     rows = report(open_refined(read_checkpoint(best, (STAGE,)), device), work)
     write_metrics(folder / "metrics.csv", rows)
     gap = f"{coarse_on_new_subjects(work)}\n" if opt.coarse != "none" else ""

@@ -11,6 +11,7 @@ intensities, and the demo's real means differ by less than half a standard devia
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -75,8 +76,10 @@ def report(checkpoint: Path, settings) -> None:
     work = Refinement(settings, study, backbone, content_hash(backbone.network))
     members = [i for i in study.roles["test"] if study.pairs[i].group in GROUPS]
     groups = np.array([study.pairs[i].group for i in members])
-    if set(groups) != set(GROUPS) or not all(study.has_pattern[i] for i in members):
-        sys.exit(f"this needs test subjects of both groups {GROUPS}, and their pattern masks")
+    if set(groups) != set(GROUPS):
+        sys.exit(f"this needs test subjects of both groups {GROUPS}; there are only those of {sorted(set(groups))}")
+    if not all(study.has_pattern[i] for i in members):
+        sys.exit("this needs the pattern masks of the test subjects: see opt.space and opt.pattern_file")
     counts = ", ".join(f"{(groups == name).sum()} {name}" for name in GROUPS)
     print(f"{'direction':<14} {'volume':<8} mean     RMS     kept (95 % interval); {counts}")
     for direction, values in inside(work, open_refined(state, device), members).items():
@@ -88,4 +91,10 @@ def report(checkpoint: Path, settings) -> None:
 
 
 if __name__ == "__main__":
-    report(Path(sys.argv[1]), parse_arguments(opt, PRESETS, sys.argv[2:], __doc__.splitlines()[0]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, help="best_refine.pth")
+    own, rest = parser.parse_known_args()
+    try:
+        report(own.checkpoint, parse_arguments(opt, PRESETS, rest, "where the study and the cache are"))
+    except main.REFUSALS as error:
+        parser.error(str(error))

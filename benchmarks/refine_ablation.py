@@ -166,4 +166,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/refine_ablation"))
     own, rest = parser.parse_known_args()
+    if not (0 < own.seconds < 1e6 and 0 <= own.stage1 < 1 and own.seeds >= 1):
+        parser.error("--seconds must be above 0, --stage1 at least 0 and below 1, --seeds at least 1")
     ablate(parse_arguments(opt, PRESETS, rest, "settings of the runs"), own.seconds, own.stage1, own.seeds, own.out)

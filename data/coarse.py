@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from data.files import replace_file
+from data.problems import VolumeError
 
-Job = tuple[tuple[str, ...], list[tuple[int, int]]]  # targets that are sampled together, and (pair, sample) of each
+NO_CACHE = "make room and remove what is in its place, or set another opt.cache_dir"
 
 
 class CoarseVolumes:
@@ -30,29 +31,40 @@ class CoarseVolumes:
         sample: (targets, [(pair, sample), ...]) -> {target: (B, X, Y, Z)}, for `at_once` of them. together: whether it
         makes all targets in one go. progress wraps the list of jobs, and may end it early.
         """
-        jobs: list[Job] = []
+        pairs, jobs = range(len(self.names)), []  # batches that do not depend on what is there: nor do their last bits
         for targets in [tuple(self.sizes)] if together else [(name,) for name in self.sizes]:
-            missing = [(i, k) for i in range(len(self.names)) for k in range(self.count)
-                       if not all([self._mapped(target, i, k) for target in targets])]
-            jobs += [(targets, missing[start:start + at_once]) for start in range(0, len(missing), at_once)]
+            for k in range(self.count):
+                for start in pairs[::at_once]:
+                    batch = [(i, k) for i in pairs[start:start + at_once]]
+                    if not all([self._mapped(target, *each) for target in targets for each in batch]):
+                        jobs.append((targets, batch))
         for targets, batch in progress(jobs):
             for target, volumes in sample(targets, batch).items():
-                for (i, k), volume in zip(batch, volumes):
-                    replace_file(self._path(target, i, k), lambda file, volume=volume: np.save(file, volume))
-                    if not self._mapped(target, i, k):
-                        raise RuntimeError(f"{self._path(target, i, k)} is not what was just written there")
+                for each, volume in zip(batch, volumes):
+                    self._write(self._path(target, *each), volume)
+                    if not self._mapped(target, *each):
+                        raise VolumeError(self._path(target, *each), "is not what was just sampled", NO_CACHE)
+
+    def _write(self, path: Path, volume: np.ndarray) -> None:
+        try:
+            replace_file(path, lambda file: np.save(file, volume))
+        except OSError as error:
+            raise VolumeError(path, f"cannot be written ({error.strerror})", NO_CACHE) from error
 
     def _path(self, target: str, i: int, k: int) -> Path:
         return self.folder / f"{self.names[i]}_{target}_{k}.npy"
 
     def _mapped(self, target: str, i: int, k: int) -> bool:
         """Map one file into memory; False where it is missing or not whole, so that it is made again."""
+        path = self._path(target, i, k)
         try:
-            volume = np.load(self._path(target, i, k), mmap_mode="r")
+            volume = np.lib.format.open_memmap(path, mode="r")
         except (FileNotFoundError, ValueError, EOFError):
             return False
+        except OSError as error:
+            raise VolumeError(path, f"cannot be read ({error.strerror})", NO_CACHE) from error
         self._samples[target, i, k] = volume
-        return volume.shape == tuple(self.sizes[target]) and volume.dtype == np.float32
+        return volume.shape == tuple(self.sizes[target]) and volume.dtype == np.float32 and np.isfinite(volume).all()
 
     def volumes(self, target: str, positions: list[int], chosen: list[list[int]] | None = None) -> torch.Tensor:
         """(B, 1, X, Y, Z): the mean of all samples of each pair, or of those that `chosen` names for it."""

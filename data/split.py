@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
         if torn := [pair.name for pair in pairs if fold_of[pair.person] != pair.fold]:
             raise _impossible(", ".join(torn), "the sessions of one subject are in different folds", "give them one")
     else:
-        fold_of = {person: place % folds for place, person in enumerate(_dealt(pairs, people, seed))}
+        fold_of = {person: place % folds for place, person in enumerate(_evened(pairs, _dealt(pairs, people, seed),
+                                                                                folds))}
     test = {person for person in people if fold_of[person] == fold}
     rest = [person for person in _dealt(pairs, people, seed + 1) if person not in test]
     validation = set(rest[:max(1, min(round(validation_fraction * len(rest)), len(rest) - 1))])
@@ -61,6 +63,16 @@ def _dealt(pairs: list[Pair], people: list[str], seed: int) -> list[str]:
         for place, member in enumerate(random.permutation(len(members))):
             turn[members[member]] = ((place + 0.5) / len(members), group)
     return sorted(people, key=turn.__getitem__)
+
+
+def _evened(pairs: list[Pair], people: list[str], folds: int) -> list[str]:
+    """The same order, or group after group where the turns would deal some group unevenly: 2 groups into 2 folds."""
+    group_of = {pair.person: pair.group for pair in pairs}
+    counts = collections.Counter((group_of[person], place % folds) for place, person in enumerate(people))
+    for group in set(group_of.values()):
+        if np.ptp([counts[group, fold] for fold in range(folds)]) > 1:
+            return sorted(people, key=group_of.__getitem__)
+    return people
 
 
 def write_split(path: Path, pairs: list[Pair], roles: dict[str, list[int]]) -> None:

@@ -16,7 +16,7 @@ from models.losses import projections
 LAYERS = (3, 8, 15)  # of VGG16's features: relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that it was trained on
 NO_WEIGHTS = (OSError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, AttributeError, TypeError,
-              LookupError)  # what torch.load and a state dict that is none raise
+              ValueError, AssertionError, LookupError)  # what torch.load and a state dict that is none raise
 URL = VGG16_Weights.IMAGENET1K_V1.url
 
 
@@ -69,8 +69,8 @@ def load_perceptual_loss(file: str, download: bool) -> PerceptualLoss | None:
 
     None where no file is given and the cache has none; with `download` it is fetched to there. Raises WeightsError.
     """
-    path = Path(file) if file else cached_weights()
-    if not file and not path.exists():
+    path = Path(file).expanduser() if file else cached_weights()
+    if not file and not there(path):
         if not download:
             return None
         try:
@@ -80,12 +80,21 @@ def load_perceptual_loss(file: str, download: bool) -> PerceptualLoss | None:
             raise WeightsError(f"opt.vgg_download = True: {URL} could not be fetched to {path} ({told(error)}); put "
                                "the file there yourself, or set opt.vgg_download = False") from error
     try:
-        if not file and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(hash_in_name(path)):
-            raise WeightsError(f"{path}: is damaged, its hash is not that in its name; remove the file")
-        return PerceptualLoss(torch.load(path, map_location="cpu", weights_only=True))
+        intact = file or hashlib.sha256(path.read_bytes()).hexdigest().startswith(hash_in_name(path))
+        loss = PerceptualLoss(torch.load(path, map_location="cpu", weights_only=True)) if intact else None
     except NO_WEIGHTS as error:
         raise WeightsError(f"{path}: holds no weights of torchvision's VGG16 ({told(error)}); give opt.vgg_weights a "
                            'state dict of it, or "" to look in the cache of torch.hub') from error
+    if not intact:
+        raise WeightsError(f"{path}: is damaged, its hash is not that in its name; remove the file")
+    return loss
+
+
+def there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder that may not be looked into, a name too long: for us there is nothing
+        return False
 
 
 def hash_in_name(path: Path) -> str:
@@ -94,5 +103,5 @@ def hash_in_name(path: Path) -> str:
 
 
 def told(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """What an error says, on one line."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]

@@ -215,6 +215,14 @@ def test_folds_cover_everyone_once_and_keep_the_groups():
     assert tests[0] != split_subjects(pairs, 5, 0, 0.2, 1)["test"]
 
 
+@pytest.mark.parametrize("groups, folds", [(2, 2), (2, 4), (3, 3), (5, 5), (3, 5), (2, 3)])
+def test_no_fold_is_of_one_group_only(groups, folds):
+    pairs = [Pair(f"sub-{n:02d}", "", f"group {n % groups}", None, {}) for n in range(groups * folds * 2)]
+    for fold in range(folds):
+        tested = [pairs[i].group for i in split_subjects(pairs, folds, fold, 0.2, 0)["test"]]
+        assert {tested.count(f"group {n}") for n in range(groups)} == {2}
+
+
 def test_own_folds_one_fold_and_too_few(tmp_path):
     own = study_pairs(9, fold=lambda n: n % 3)
     roles = split_subjects(own, 3, 1, 0.2, 0)

@@ -16,6 +16,7 @@ from torchvision.models import vgg16
 
 import main
 from data.coarse import CoarseVolumes
+from data.problems import VolumeError
 from models.perceptual import LAYERS, PerceptualLoss, WeightsError, cached_weights, load_perceptual_loss
 from opt import PRESETS, opt
 from refinement import Refinement
@@ -44,11 +45,12 @@ def test_coarse_volumes_are_sampled_once_and_continued(tmp_path):
     broken = Sampler(limit=2)
     with pytest.raises(KeyboardInterrupt):
         coarse_volumes(tmp_path).prepare(broken, False, 2, iter)
-    (tmp_path / "sub-01_fmri_1.npy").write_bytes((tmp_path / "sub-01_fmri_1.npy").read_bytes()[:-100])  # damaged
+    damaged = tmp_path / "sub-01_fmri_0.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
     rest, volumes = Sampler(), coarse_volumes(tmp_path)
     volumes.prepare(rest, False, 2, iter)
-    assert broken.calls == [(("fmri",), [(0, 0), (0, 1)]), (("fmri",), [(1, 0), (1, 1)])]
-    assert rest.calls[0] == (("fmri",), [(0, 1), (2, 0)]) and len(rest.calls) == 5
+    assert broken.calls == [(("fmri",), [(0, 0), (1, 0)]), (("fmri",), [(2, 0)])]
+    assert rest.calls[:2] == [(("fmri",), [(0, 0), (1, 0)]), (("fmri",), [(0, 1), (1, 1)])] and len(rest.calls) == 7
     found = volumes.volumes("dmri", [2, 0])
     assert found.shape == (2, 1, *SIZES["dmri"])
     torch.testing.assert_close(found[:, 0, 0, 0, 0], torch.tensor([2.05, 0.05]))
@@ -58,6 +60,31 @@ def test_coarse_volumes_are_sampled_once_and_continued(tmp_path):
     more = Sampler()
     coarse_volumes(tmp_path, 3).prepare(more, False, 9, iter)  # one more of each: the others are kept
     assert more.calls == [((name,), [(0, 2), (1, 2), (2, 2)]) for name in SIZES]
+
+
+@pytest.mark.parametrize("content", ["nan", "shape", "npz", "text", "object"])
+def test_coarse_volumes_that_are_none_are_sampled_again(tmp_path, content):
+    coarse_volumes(tmp_path, 1).prepare(Sampler(), False, 2, iter)
+    path = tmp_path / "sub-02_dmri_0.npy"
+    wrong = {"nan": np.full(SIZES["dmri"], np.nan, np.float32), "shape": np.zeros((2, 3, 4), np.float32),
+             "object": np.array([{}] * 3)}
+    if content in wrong:
+        np.save(path, wrong[content])
+    elif content == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, a=np.zeros(3))
+    else:
+        path.write_text("no array")
+    sampler, volumes = Sampler(), coarse_volumes(tmp_path, 1)
+    volumes.prepare(sampler, False, 2, iter)
+    assert sampler.calls == [(("dmri",), [(0, 0), (1, 0)])]
+    assert volumes.volumes("dmri", [1]).mean() == 1
+
+
+def test_a_folder_in_the_place_of_a_coarse_volume(tmp_path):
+    (tmp_path / "sub-02_dmri_0.npy").mkdir()
+    with pytest.raises(VolumeError, match="sub-02_dmri_0.npy.*opt.cache_dir"):
+        coarse_volumes(tmp_path, 1).prepare(Sampler(), False, 2, iter)
 
 
 def test_joint_samples_serve_both_targets(tmp_path):
@@ -201,6 +228,9 @@ def test_weights_are_fetched_only_when_asked_to(tmp_path, weights, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     assert load_perceptual_loss("", False) is None and not asked
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCH_HOME", "/" + 300 * "x")  # a place that cannot be looked into
+        assert load_perceptual_loss("", False) is None
     with pytest.raises(WeightsError, match="no network.*opt.vgg_download = False"):
         load_perceptual_loss("", True)
     assert asked == [("vgg16-397923af.pth", cached_weights(), "397923af")]
