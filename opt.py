@@ -107,7 +107,7 @@ class Options:
     vgg_download: bool = False  # fetch them into that cache, 528 MB, where they are not there
 
     # ---- Training
-    optimiser: Literal["adam", "muon"] = "adam"  # stage 1
+    optimiser: Literal["adam", "muon"] = "adam"  # of stage 1; for "muon" halve the learning_rate
     # stage 2: "muon" ends 1.1 dB above "adam" (published) after 240 steps of the demo, each 1.15 times as long
     refine_optimiser: Literal["adam", "muon"] = "muon"
     # stage 1: Adam's peak rate, after the warm-up and before the cosine decay; Muon's is 20 times as high
