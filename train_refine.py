@@ -63,13 +63,13 @@ def fit_blend(network: RefineNet, work: Refinement) -> None:
 
 
 def loss_weights(opt) -> dict[str, float]:
+    """What each of the losses counts in their sum."""
     return dict(zip(LOSSES, (1.0, opt.structure_weight, opt.microstructure_weight, opt.perceptual_weight)))
 
 
 def refinement_losses(network: RefineNet, work: Refinement, batch: list[int], step: int,
                       places: list[int]) -> dict[str, torch.Tensor]:
-    """The losses of the pairs at these places of a batch: means over both directions.
-    """
+    """The losses of the pairs at these places of a batch, means over both directions; 0 where their weight is."""
     opt, device = work.opt, work.device
     transform, members = augmentation(opt, work.study, step, places), [batch[place] for place in places]
     truth, masks = load_batch(work.study, members, transform, device)
@@ -225,15 +225,20 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
         run.save(last)
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.")
         return False
+    finish(run, best, ema.model, work, folder)
+    return True
+
+
+def finish(run: Checkpoint, best: Path, smooth: RefineNet, work: Refinement, folder: Path) -> None:
+    """Score the best model on the test subjects: metrics.csv, and a table. smooth: the average of the last step."""
     if not best.exists():  # a finished run, continued in another folder, or its best is gone
-        run.best = validation_psnr(ema.model, work)
+        run.best = validation_psnr(smooth, work)
         run.save(best)
         print(f"note: {best} was not there: the model of the last step stands in for the best")
-    rows = report(open_refined(read_checkpoint(best, (STAGE,)), device), work)
+    rows = report(open_refined(read_checkpoint(best, (STAGE,)), work.device), work)
     write_metrics(folder / "metrics.csv", rows)
-    gap = f"{coarse_on_new_subjects(work)}\n" if opt.coarse != "none" else ""
+    gap = f"{coarse_on_new_subjects(work)}\n" if work.opt.coarse != "none" else ""
     print(f"\nStage 2 is finished: {run.step} steps, best validation PSNR {run.best:.2f} dB. On the "
-          f"{len(study.roles['test'])} test pairs:\n{summary(rows)}\n{gap}"
+          f"{len(work.study.roles['test'])} test pairs:\n{summary(rows)}\n{gap}"
           f"Metrics: {folder / 'metrics.csv'}. Pictures: {folder}. Model: {best}\n"
           "To train longer, raise opt.refine_epochs.")
-    return True
