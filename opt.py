@@ -118,7 +118,7 @@ class Options:
     # another draw of what is dropped)
     accumulate: int = 1
     epochs: int = 120  # stage 1: passes over the training pairs
-    refine_epochs: int = 80  # stage 2: passes over the training pairs
+    refine_epochs: int = 120  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
     warmup_steps: int = 50  # steps over which the learning rate rises
     ema_decay: float = 0.995  # moving average of the weights that is validated, sampled and kept as best
@@ -136,7 +136,7 @@ class Options:
     coarse_samples: int = 2
     coarse_dropout: float = 0.1  # probability that training replaces the coarse volume by the mean volume
     residual: bool = True  # the network adds to the best linear blend of coarse volume and source, not to nothing
-    warm_start: bool = False  # start from the backbone's trunk instead of random weights: slower with Muon, see README
+    warm_start: bool = True  # start from the backbone's trunk instead of random weights
 
     # ---- Output
     checkpoint_dir: str = "./checkpoints"  # best_model.pth, last_model.pth, best_refine.pth, last_refine.pth
@@ -301,7 +301,7 @@ def paper() -> Options:
         prediction="epsilon", loss="l1", sampler="ddim", sampling_steps=20, learning_rate=1e-6,
         refine_optimiser="adam", refine_learning_rate=1e-5, batch_size=1, epochs=300, refine_epochs=300,
         warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1, structure_weight=0.0,
-        warm_start=True, validate_every=1)
+        validate_every=1)
 
 
 PRESETS = {"small": small, "paper": paper}

@@ -34,8 +34,8 @@ from utils.ema import EMA
 from utils.metrics import paired_gain, score
 from utils.optimise import Optimiser
 
-VARIANTS = {"default": {}, "no stage 1": {"coarse": "none"}, "joint prior": {"coarse": "joint"},
-            "backbone's trunk": {"warm_start": True}, "its trunk, no prior": {"warm_start": True, "coarse": "none"},
+VARIANTS = {"default": {}, "no prior": {"coarse": "none"}, "no stage 1": {"coarse": "none", "warm_start": False},
+            "joint prior": {"coarse": "joint"}, "random trunk": {"warm_start": False},
             "no residual path": {"residual": False}, "no microstructure loss": {"microstructure_weight": 0.0},
             "no structure loss": {"structure_weight": 0.0}, "Adam": {"refine_optimiser": "adam"}}
 COLUMNS = ("variant", "seed", "steps", "stage1", "sampling", "stage2", "subject", "direction", "psnr", "ssim", "coarse")

@@ -319,9 +319,9 @@ def test_devices_and_processes_that_are_not_there(study_csv, tmp_path, capsys, m
 
 def test_a_warm_start_needs_the_same_network(trained, study_csv, tmp_path, capsys):
     words = refine_arguments(study_csv, trained, "--base_channels", "16", "--checkpoint_dir", str(tmp_path))
-    message = refusal(capsys, [*words, "--warm_start"])
+    message = refusal(capsys, words)
     assert "opt.warm_start" in message and "channels = 8 there, 16 now" in message
-    assert main.main([*words, "--result_dir", str(tmp_path)]) == 0
+    assert main.main([*words, "--no-warm_start", "--result_dir", str(tmp_path)]) == 0
 
 
 def test_output_folder_that_cannot_be_written(study_csv, tmp_path, capsys):

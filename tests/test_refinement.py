@@ -129,7 +129,7 @@ def test_training_sees_varied_coarse_volumes(study_csv, tmp_path):
 
 
 @pytest.mark.parametrize("more", [["--coarse", "joint", "--coarse_samples", "2"], ["--coarse", "none"],
-                                  ["--no-residual", "--warm_start", "--refine_optimiser", "adam"],
+                                  ["--no-residual", "--no-warm_start", "--refine_optimiser", "adam"],
                                   ["--microstructure_weight", "0", "--structure_weight", "0"]])
 def test_every_choice_of_stage_2_trains(backbone, study_csv, tmp_path, more, capsys):
     assert main.main(words_for(backbone, study_csv, tmp_path, *more)) == 0
