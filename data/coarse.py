@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,25 +32,26 @@ class CoarseVolumes:
         sample: (targets, [(pair, sample), ...]) -> {target: (B, X, Y, Z)}, for `at_once` of them. together: whether it
         makes all targets in one go. progress wraps the list of jobs, and may end it early.
         """
-        pairs, jobs = range(len(self.names)), []  # batches that do not depend on what is there: nor do their last bits
-        for targets in [tuple(self.sizes)] if together else [(name,) for name in self.sizes]:
-            for k in range(self.count):
-                for start in pairs[::at_once]:
-                    batch = [(i, k) for i in pairs[start:start + at_once]]
-                    if not all([self._mapped(target, *each) for target in targets for each in batch]):
-                        jobs.append((targets, batch))
+        groups = [tuple(self.sizes)] if together else [(name,) for name in self.sizes]
+        pairs, jobs = range(len(self.names)), []
+        for targets, k, start in itertools.product(groups, range(self.count), pairs[::at_once]):
+            batch = [(i, k) for i in pairs[start:start + at_once]]  # the same whatever is there: so are its last bits
+            if not all([self._mapped(target, *each) for target in targets for each in batch]):
+                jobs.append((targets, batch))
         for targets, batch in progress(jobs):
             for target, volumes in sample(targets, batch).items():
-                for each, volume in zip(batch, volumes):
-                    self._write(self._path(target, *each), volume)
-                    if not self._mapped(target, *each):
-                        raise VolumeError(self._path(target, *each), "is not what was just sampled", NO_CACHE)
+                for (i, k), volume in zip(batch, volumes):
+                    self._keep(target, i, k, volume)
 
-    def _write(self, path: Path, volume: np.ndarray) -> None:
+    def _keep(self, target: str, i: int, k: int, volume: np.ndarray) -> None:
+        """Write one sample, and map its file into memory. Raises VolumeError where that fails."""
+        path = self._path(target, i, k)
         try:
             replace_file(path, lambda file: np.save(file, volume))
         except OSError as error:
             raise VolumeError(path, f"cannot be written ({error.strerror})", NO_CACHE) from error
+        if not self._mapped(target, i, k):
+            raise VolumeError(path, "is not what was just sampled", NO_CACHE)
 
     def _path(self, target: str, i: int, k: int) -> Path:
         return self.folder / f"{self.names[i]}_{target}_{k}.npy"

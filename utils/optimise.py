@@ -46,11 +46,10 @@ class Optimiser:
                  gradient_clip: float, kind: str = "adam"):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
-        hidden = [p for name, p in named.items() if kind == "muon" and p.ndim > 1
-                  and not set(name.split(".")) & NOT_HIDDEN]
-        chosen = set(map(id, hidden))
-        rest = [p for p in self.parameters if id(p) not in chosen]
-        self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in hidden]  # (out, in)
+        hidden = {name: p for name, p in named.items() if kind == "muon" and p.ndim > 1
+                  and not set(name.split(".")) & NOT_HIDDEN}
+        rest = [p for name, p in named.items() if name not in hidden]
+        self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in hidden.values()]  # (out, in)
         self.parts = {"adam": torch.optim.Adam(rest, lr=learning_rate, fused=True)}
         if self.matrices:
             self.parts["muon"] = torch.optim.Muon([matrix for _, matrix in self.matrices], lr=learning_rate,
