@@ -7,6 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+FEW_POSITIONS = 512  # up to so many, a volume's weights cost more memory traffic than its features
+LARGEST_LONELY = 20_480  # channels x X x Y of a single volume up to which PyTorch 2.14 does not call oneDNN
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -16,9 +20,29 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def layout(size: tuple[int, ...]) -> torch.memory_format:
+    """The memory layout in which convolutions on this grid (X, Y, Z) are fastest (measured: benchmarks/step.py)."""
+    return torch.contiguous_format if math.prod(size) <= FEW_POSITIONS else torch.channels_last_3d
+
+
+def lay_out(part: nn.Module, size: tuple[int, ...]) -> None:
+    """Keep the weights of a part that works on this grid in its layout."""
+    for weight in part.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.contiguous(memory_format=layout(size))
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x (B, C, X, Y, Z) in the layout of its grid; costs nothing where it is already."""
+    return x.contiguous(memory_format=layout(x.shape[2:]))
+
+
 def resize_to(x: Tensor, size: torch.Size) -> Tensor:
     """Interpolate (B, C, X, Y, Z) to another grid over the same field of view; the same grid costs nothing."""
-    return x if x.shape[2:] == size else F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
+    if x.shape[2:] == size:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last_3d)  # of all channels at once
+    return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:
@@ -41,21 +65,45 @@ def from_patches(x: Tensor, patch: int, size: torch.Size) -> Tensor:
     return x.reshape(B, C // patch**3, X * patch, Y * patch, Z * patch)[..., :size[0], :size[1], :size[2]]
 
 
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d that is as fast for a single volume as for several.
+
+    For one volume of few channels PyTorch leaves oneDNN on the CPU in float32, and with it the channels-last layout,
+    and takes three times as long: a second, equal volume in the batch prevents that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        lonely = (len(x) == 1 and x.device.type == "cpu" and x[..., 0].numel() <= LARGEST_LONELY
+                  and layout(x.shape[2:]) != torch.contiguous_format)
+        return super().forward(torch.cat([x, x]))[:1] if lonely else super().forward(x)
+
+
 class ResBlock(nn.Module):
-    """Two convolutions with group normalisation, a shortcut, and (if emb_channels) a shift by the embedded timestep."""
+    """Two convolutions with group normalisation, a shortcut, and (if emb_channels) a shift by the embedded timestep.
+
+    recompute: keep only the block's input until the backward pass, which computes the rest again (gradient
+    checkpointing; Chen et al. 2016): less memory for more time, and the same gradient.
+    """
+
+    recompute = False
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float = 0.0):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, in_channels), nn.GroupNorm(8, out_channels)
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3d(out_channels, out_channels, 3, padding=1)
         self.shift = nn.Linear(emb_channels, out_channels) if emb_channels else None
         self.dropout = nn.Dropout(dropout)
-        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # every block starts as its shortcut
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         if self.shift is not None:
             h = h + self.shift(F.silu(emb))[:, :, None, None, None]
@@ -69,8 +117,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = channels // (32 if channels % 32 == 0 else 8)
         self.norm = nn.GroupNorm(8, channels)
-        self.qkv = nn.Conv3d(channels, 3 * channels, 1)
-        self.out = nn.Conv3d(channels, channels, 1)
+        self.qkv = Conv3d(channels, 3 * channels, 1)
+        self.out = Conv3d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

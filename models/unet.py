@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Attention, ResBlock, from_patches, resize_to, timestep_embedding, to_patches
+from models.layers import (
+    Attention,
+    Conv3d,
+    ResBlock,
+    from_patches,
+    laid_out,
+    lay_out,
+    resize_to,
+    timestep_embedding,
+    to_patches,
+)
 
 
 class UNet(nn.Module):
@@ -28,7 +38,7 @@ class UNet(nn.Module):
                  size: tuple[int, ...], attention_tokens: int, dropout: float):
         super().__init__()
         widths = [channels * 2**level for level in range(depth)]
-        self.stem = nn.Conv3d(in_channels, channels, 3, padding=1)
+        self.stem = Conv3d(in_channels, channels, 3, padding=1)
         self.down, self.up, self.attend = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
@@ -36,17 +46,21 @@ class UNet(nn.Module):
             tokens = size[0] * size[1] * size[2]
             attends = level > 0 and tokens <= attention_tokens
             self.attend.append(Attention(width) if attends else nn.Identity())
-            size = tuple((n + 1) // 2 for n in size)
             if level < depth - 1:
-                self.shrink.append(nn.Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
-                self.grow.append(nn.Conv3d(widths[level + 1], width, 1))
+                self.shrink.append(Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
+                self.grow.append(Conv3d(widths[level + 1], width, 1))
                 self.up.append(nn.ModuleList(ResBlock(2 * width if first else width, width, emb_channels, dropout)
                                              for first in [True] + [False] * (blocks - 1)))
-        self.middle = ResBlock(widths[-1], widths[-1], emb_channels, dropout)
+            else:
+                self.middle = ResBlock(width, width, emb_channels, dropout)
+            for part in (self.down[-1], self.attend[-1], self.up[-1] if level < depth - 1 else self.middle):
+                lay_out(part, size)
+            size = tuple((n + 1) // 2 for n in size)
 
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         h, skips = self.stem(x), []
         for level, blocks in enumerate(self.down):
+            h = laid_out(h)
             for block in blocks:
                 h = block(h, emb)
             h = self.attend[level](h)
@@ -56,7 +70,7 @@ class UNet(nn.Module):
         h = self.middle(h, emb)
         for level in reversed(range(len(self.grow))):
             skip = skips.pop()
-            h = torch.cat([skip, resize_to(self.grow[level](h), skip.shape[2:])], dim=1)
+            h = laid_out(torch.cat([skip, resize_to(self.grow[level](h), skip.shape[2:])], dim=1))
             for block in self.up[level]:
                 h = block(h, emb)
         return h
@@ -87,12 +101,15 @@ class DirectionNet(nn.Module):
         inputs = patch**3 * (3 if self.early else 2)
         self.body = UNet(inputs, channels, depth, blocks, emb_channels, grid,
                          attention_tokens, dropout)
-        self.target_stem = nn.Conv3d(inputs, channels, 3, padding=1)
+        self.target_stem = Conv3d(inputs, channels, 3, padding=1)
         self.output = nn.ModuleList(ResBlock(2 * channels if first else channels, channels, emb_channels, dropout)
                                     for first in [True] + [False] * (output_blocks - 1))
         self.norm = nn.GroupNorm(8, channels)
-        self.head = nn.Conv3d(channels, patch**3, 3, padding=1)
+        self.head = Conv3d(channels, patch**3, 3, padding=1)
         self.gain = nn.Linear(emb_channels, 1) if timesteps else None
+        for part, grid in ((self.body.stem, source_size), (self.target_stem, target_size), (self.output, target_size),
+                           (self.head, target_size)):
+            lay_out(part, tuple(-(-n // patch) for n in grid))
         for layer in (self.head, self.gain):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
@@ -111,7 +128,7 @@ class DirectionNet(nn.Module):
             to_stem.append(resize_to(source, target.shape[2:]))
         features = self.body(to_patches(torch.cat(to_body, dim=1), self.patch), emb)
         stem = self.target_stem(to_patches(torch.cat(to_stem, dim=1), self.patch))
-        h = torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1)
+        h = laid_out(torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1))
         for block in self.output:
             h = block(h, emb)
         h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
@@ -129,6 +146,12 @@ class TwoDirections(nn.Module):
         self.nets = nn.ModuleDict({
             f"{source}_to_{target}": DirectionNet(sizes[source], sizes[target], timesteps, **network)
             for source, target in self.directions})
+
+    def recompute(self, wanted: bool) -> None:
+        """Gradient checkpointing of every residual block, on or off."""
+        for block in self.modules():
+            if isinstance(block, ResBlock):
+                block.recompute = wanted
 
     def direction(self, source: str, target: str) -> DirectionNet:
         return self.nets[f"{source}_to_{target}"]
