@@ -34,11 +34,20 @@ from models.unet import DualModalUNet
 from opt import PRESETS, SMALLEST_AXIS, OptionError, opt, small
 from utils.arguments import parse_arguments
 from utils.checkpoint import CheckpointError, read_checkpoint
+from utils.distributed import (
+    LaunchError,
+    first_on_each_machine,
+    joined,
+    launched,
+    let_the_first_speak,
+    place_on_machine,
+    world,
+)
 from utils.logger import LogError
 from utils.optimise import TrainingError, use_bfloat16
 
 FINISHED, REFUSED, STOPPED = 0, 2, 3
-REFUSALS = (OptionError, AtlasError, DataError, CheckpointError, LogError, TrainingError, WeightsError)
+REFUSALS = (OptionError, AtlasError, DataError, CheckpointError, LaunchError, LogError, TrainingError, WeightsError)
 
 
 def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
@@ -108,7 +117,8 @@ def describe(opt, study: Study, device: torch.device) -> None:
     subjects = {role: len({study.pairs[i].person for i in members}) for role, members in study.roles.items()}
     default = small().as_dict()
     differs = [f"{name} = {value!r}" for name, value in opt.as_dict().items() if value != default[name]]
-    print(f"device      {device}, {torch.get_num_threads()} threads, {precision}\n"
+    ranks = f", {world()} ranks" if world() > 1 else ""
+    print(f"device      {device}, {torch.get_num_threads()} threads, {precision}{ranks}\n"
           f"data        {opt.data_root}: {len(study.pairs)} pairs; subjects: "
           + ", ".join(f"{count} {role}" for role, count in subjects.items()) + "\n"
           "sizes       " + ", ".join(f"{name} {'x'.join(map(str, size))}" for name, size in study.sizes.items()) + "\n"
@@ -117,16 +127,21 @@ def describe(opt, study: Study, device: torch.device) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that opt.device names. Raises OptionError where this machine does not have it."""
+    """The device that opt.device names; with "auto" each rank on a machine has a GPU of its own, or all its CPU.
+
+    Raises OptionError where this machine does not have it.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"cuda:{place_on_machine()}" if torch.cuda.is_available() else "cpu"
+    elif launched() and name != "cpu":
+        raise OptionError(f'opt.device = {name!r}: with torchrun it must be "auto" (one GPU for each rank) or "cpu"')
     try:
         device = torch.device(name)
     except RuntimeError:
         raise OptionError(f"opt.device = {name!r}: is no device; choose auto, cpu or cuda[:N]") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"opt.device = {name!r}: PyTorch finds {torch.cuda.device_count()} GPUs on this machine; "
-                          "choose auto or cpu")
+                          "choose auto or cpu, or start fewer ranks")
     return device
 
 
@@ -146,7 +161,7 @@ def make_writable(*folders: str) -> None:
             Path(name).mkdir(parents=True, exist_ok=True)
             probe = Path(name) / f".writable.{os.getpid()}"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another rank may have the same number on its machine
         except OSError as error:
             raise OptionError(f"the output folder {name} cannot be written to ({error.strerror}); "
                               "choose another opt.checkpoint_dir, opt.result_dir or opt.cache_dir") from error
@@ -156,22 +171,27 @@ def run(settings) -> int:
     """Validate, then check the study, or read and describe it and train the stage asked for; returns the exit status.
     """
     settings.validate()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError("several processes are not supported yet; start it as python main.py")
     device = choose_device(settings.device)
     roi_centres(tuple(settings.pattern_networks))  # refuses unknown names before any data is read
     allow_many_files()
     if settings.check:
+        if launched():
+            raise OptionError("opt.check = True: one process checks a study; start it as python main.py --check")
         make_writable(settings.result_dir)
         return FINISHED if check(settings) else REFUSED
-    state = None
-    if settings.refine:  # before any data is read
-        state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))
-    make_writable(settings.checkpoint_dir, settings.result_dir, settings.cache_dir)
-    study = read_study(settings)
-    describe(settings, study, device)
-    finished = (train_refine.train_refine(settings, study, device, state) if settings.refine
-                else train.train(settings, study, device))
+    with joined(device):
+        if settings.batch_size < world():
+            raise OptionError(f"opt.batch_size = {settings.batch_size}: are the pairs of a step of all {world()} ranks "
+                              "together; set at least as many, or start fewer ranks")
+        state = None
+        if settings.refine:  # before any data is read
+            state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))
+        make_writable(settings.checkpoint_dir, settings.result_dir, settings.cache_dir)
+        with first_on_each_machine():
+            study = read_study(settings)
+        describe(settings, study, device)
+        finished = (train_refine.train_refine(settings, study, device, state) if settings.refine
+                    else train.train(settings, study, device))
     return FINISHED if finished else STOPPED
 
 
@@ -182,6 +202,7 @@ def main(argv: list[str]) -> int:
     try:
         return run(settings)
     except REFUSALS as error:
+        let_the_first_speak()
         print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

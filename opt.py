@@ -113,10 +113,13 @@ class Options:
     # stage 1: Adam's peak rate, after the warm-up and before the cosine decay; Muon's is 20 times as high
     learning_rate: float = 2e-3
     refine_learning_rate: float = 1e-3  # stage 2: the same
-    batch_size: int = 4  # pairs per step
+    batch_size: int = 4  # pairs per step, of all ranks together
     # parts that a step's pairs are computed in, one after the other: less memory, and the same gradient (with dropout:
     # another draw of what is dropped)
     accumulate: int = 1
+    # keep only the inputs of the networks' blocks until the backward pass, which computes the rest once more: less
+    # memory, more time, the same gradient
+    gradient_checkpointing: bool = False
     epochs: int = 120  # stage 1: passes over the training pairs
     refine_epochs: int = 120  # stage 2: passes over the training pairs
     max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from models.diffusion import Purpose, keyed_generator
 from models.perceptual import PerceptualLoss
 from models.refine import RefineNet
 from models.samplers import spacing
+from utils.distributed import share, wait, world, writes
 from utils.figures import Panel, save_grid
 from utils.metrics import psnr, score
 
@@ -42,9 +44,16 @@ class Refinement:
         folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
         self.samples = CoarseVolumes(folder, [pair.name for pair in study.pairs], study.sizes, opt.coarse_samples)
         if opt.coarse != "none":
-            self.samples.prepare(self._sample, opt.coarse == "joint", COARSE_BATCH,
-                                 lambda jobs: itertools.takewhile(lambda _: not stop, tqdm(
-                                     jobs, desc="coarse volumes", unit="batch", disable=not jobs)))
+            self._prepare(share, stop)
+            if world() > 1:
+                wait()
+                self._prepare(list, stop)  # finds what other ranks made, and makes it where their disk is another
+
+    def _prepare(self, mine: Callable[[list], list], stop: object) -> None:
+        """Sample what is missing and `mine` selects, until `stop` becomes true."""
+        self.samples.prepare(self._sample, self.opt.coarse == "joint", COARSE_BATCH,
+                             lambda jobs: itertools.takewhile(lambda _: not stop, tqdm(
+                                 mine(jobs), desc="coarse volumes", unit="batch", disable=not jobs)))
 
     def _sample(self, targets: tuple[str, ...], batch: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         """A sample of these targets, {target: (B, X, Y, Z)}, for each (pair, number of the sample)."""
@@ -126,6 +135,8 @@ def coarse_on_new_subjects(work: Refinement) -> str:
 
 def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int) -> None:
     """A grid of source, coarse, refined, truth and absolute error for validation subjects; refined volumes as NIfTI."""
+    if not writes():
+        return
     study, rows = work.study, []
     for i in study.roles["validation"][:work.opt.num_samples]:
         pair, real = study.pairs[i], study.volumes([i])

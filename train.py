@@ -8,8 +8,10 @@ Volumes are {modality: (B, 1, X, Y, Z)} in [-1, 1].
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,8 @@ from models.backbone import Backbone
 from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
-from utils.checkpoint import Checkpoint, read_checkpoint, refuse_another_run
+from utils.checkpoint import Checkpoint, CheckpointError, read_checkpoint, refuse_another_run
+from utils.distributed import parallel, rank, same_everywhere, share, summed, to_device, writes
 from utils.ema import EMA
 from utils.figures import Panel, save_grid
 from utils.logger import Log
@@ -40,9 +43,10 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate"
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
                 "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampler",
-                "sampling_steps", "eta", "accumulate", "device", "refine_optimiser", "refine_learning_rate",
-                "refine_epochs", "structure_weight", "microstructure_weight", "perceptual_weight", "vgg_weights",
-                "vgg_download", "coarse", "coarse_samples", "coarse_dropout", "residual", "warm_start"}
+                "sampling_steps", "eta", "accumulate", "gradient_checkpointing", "device", "refine_optimiser",
+                "refine_learning_rate", "refine_epochs", "structure_weight", "microstructure_weight",
+                "perceptual_weight", "vgg_weights", "vgg_download", "coarse", "coarse_samples", "coarse_dropout",
+                "residual", "warm_start"}
 
 
 def model_facts(opt, study: Study) -> dict:
@@ -59,9 +63,15 @@ def total_steps(opt, epochs: int, pairs: int) -> int:
     return min(steps, opt.max_steps) if opt.max_steps else steps
 
 
-def parts(opt, batch: list[int]) -> list[list[int]]:
-    """The places 0 .. B - 1 of a batch in opt.accumulate parts, or as many as there are pairs."""
-    return [each.tolist() for each in np.array_split(np.arange(len(batch)), min(opt.accumulate, len(batch)))]
+def parts(opt, batch: list[int]) -> Iterator[tuple[list[int], float]]:
+    """This rank's share of the places 0 .. B - 1 of a batch in opt.accumulate parts, or as many as there are pairs.
+
+    Each part comes with the factor of its loss: 1, or 0 where there are fewer pairs than ranks and one is computed only
+    to be there when gradients are exchanged.
+    """
+    mine = share(range(len(batch)))
+    for places in np.array_split(mine or [0], min(opt.accumulate, len(mine) or 1)):
+        yield places.tolist(), float(bool(mine))
 
 
 def augmentation(opt, study: Study, step: int, places: list[int]) -> PairTransform | None:
@@ -79,12 +89,13 @@ def load_batch(study: Study, batch: list[int], transform: PairTransform | None,
     if transform:
         volumes = {name: transform.volume(name, volume) for name, volume in volumes.items()}
         masks = {name: transform.mask(mask) for name, mask in masks.items()}
-    return ({name: volume.to(device) for name, volume in volumes.items()},
-            {name: mask.to(device) for name, mask in masks.items()})
+    return ({name: to_device(volume, device) for name, volume in volumes.items()},
+            {name: to_device(mask, device) for name, mask in masks.items()})
 
 
-def diffusion_losses(backbone: Backbone, opt, study: Study, batch: list[int], step: int) -> Iterator[torch.Tensor]:
-    """The pattern-aware loss of a batch, both directions, in parts whose sum is that of the whole.
+def diffusion_losses(backbone: Backbone, opt, study: Study, batch: list[int],
+                     step: int) -> Iterator[Callable[[], torch.Tensor]]:
+    """The pattern-aware loss of a batch in parts (pairs and directions) whose sum over the ranks is that of the whole.
 
     Noise and timesteps are keyed by (seed, step, place). A modality that is given (t = 0) is left out of the mean.
     """
@@ -92,31 +103,35 @@ def diffusion_losses(backbone: Backbone, opt, study: Study, batch: list[int], st
     times = training_timesteps(opt.timestep_coupling, opt.timesteps, study.modalities,
                                [(opt.seed, Purpose.TIMESTEPS, step, place) for place in range(len(batch))])
     counted = {name: max(1, int((t > 0).sum())) for name, t in times.items()}
-    for places in parts(opt, batch):
+    for places, factor in parts(opt, batch):
         members, transform = [batch[place] for place in places], augmentation(opt, study, step, places)
         x0, masks = load_batch(study, members, transform, device)
         noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
-        noise = {name: each.to(device) for name, each in noise.items()}
-        t = {name: each[places].to(device) for name, each in times.items()}
+        noise = {name: to_device(each, device) for name, each in noise.items()}
+        t = {name: to_device(each[places], device) for name, each in times.items()}
         xt = {name: diffusion.noisy(x0[name], noise[name], t[name]) for name in x0}
-        loss = torch.zeros((), device=device)
         for name, count in counted.items():
-            noisy = t[name] > 0  # what is given need not be predicted, nor computed
-            if not noisy.any():
-                continue
-            target = diffusion.target(x0[name], noise[name], t[name])[noisy]
-            predicted = backbone({each: x[noisy] for each, x in xt.items()}, {each: time[noisy] for each, time in
-                                                                             t.items()}, {name})[name]
-            per_pair = pattern_aware_loss(predicted, target, masks[name][noisy], opt.pattern_weight, opt.loss)
-            loss = loss + per_pair.sum() / count / len(counted)
-        yield loss
+            noisy = [k for k, place in enumerate(places) if times[name][place] > 0]
+            if noisy:  # what is given need not be predicted, nor computed
+                target = diffusion.target(x0[name], noise[name], t[name])[noisy]
+                weight = factor / count / len(counted)
+                yield functools.partial(direction_loss, backbone, opt, name, {each: x[noisy] for each, x in xt.items()},
+                                        {each: time[noisy] for each, time in t.items()}, target, masks[name][noisy],
+                                        weight)
+
+
+def direction_loss(backbone: Backbone, opt, name: str, xt: dict[str, torch.Tensor], t: dict[str, torch.Tensor],
+                   target: torch.Tensor, mask: torch.Tensor, weight: float) -> torch.Tensor:
+    """`weight` times the pattern-aware loss of some pairs, summed, in the prediction of one modality."""
+    predicted = backbone(xt, t, {name})[name]
+    return weight * pattern_aware_loss(predicted, target, mask, opt.pattern_weight, opt.loss).sum()
 
 
 def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: Study, batch: list[int],
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
-    torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, step).initial_seed())
-    loss, norm = optimiser.update(diffusion_losses(backbone, opt, study, batch, step), step,
+    torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, step, rank()).initial_seed())
+    loss, norm = optimiser.update(backbone.network, diffusion_losses(backbone, opt, study, batch, step), step,
                                   [study.pairs[i].name for i in batch])
     ema.update(backbone.network)
     return {"loss": loss, "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
@@ -130,17 +145,18 @@ def validate(backbone: Backbone, study: Study, seed: int, batch_size: int) -> fl
     """
     device, diffusion, errors = backbone.device, backbone.diffusion, []
     members = study.roles["validation"]
-    for fraction in VALIDATION_TIMES:
+    starts = range(0, len(members), batch_size)
+    for fraction, start in share(list(itertools.product(VALIDATION_TIMES, starts))):
+        batch = members[start:start + batch_size]
+        x0 = {name: to_device(volume, device) for name, volume in study.volumes(batch).items()}
+        noise = keyed_noise(study.sizes, *((seed, Purpose.VALIDATION, i, round(100 * fraction)) for i in batch))
         time = max(1, round(fraction * diffusion.timesteps))
-        for start in range(0, len(members), batch_size):
-            batch = members[start:start + batch_size]
-            x0 = {name: volume.to(device) for name, volume in study.volumes(batch).items()}
-            noise = keyed_noise(study.sizes, *((seed, Purpose.VALIDATION, i, round(100 * fraction)) for i in batch))
-            t = {name: torch.full((len(batch),), time, device=device) for name in x0}
-            xt = {name: diffusion.noisy(x0[name], noise[name].to(device), t[name]) for name in x0}
-            for name, output in backbone(xt, t).items():
-                errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
-    return sum(errors) / len(errors)
+        t = {name: torch.full((len(batch),), time, device=device) for name in x0}
+        xt = {name: diffusion.noisy(x0[name], to_device(noise[name], device), t[name]) for name in x0}
+        for name, output in backbone(xt, t).items():
+            errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
+    total, count = summed(sum(errors), len(errors))
+    return total / count
 
 
 def sampling_progress(steps: list) -> tqdm:
@@ -163,6 +179,8 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
 
     The subjects and their noise are the same every time, so that two grids can be flipped between.
     """
+    if not writes():
+        return
     shown = study.roles["validation"][:opt.num_samples]
     real = study.volumes(shown)
     keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
@@ -190,6 +208,7 @@ def train(opt, study: Study, device: torch.device) -> bool:
     torch.manual_seed(opt.seed)
     network = DualModalUNet(study.sizes, **opt.network_arguments()).to(device)
     network.set_means(study.mean_volumes())
+    network.recompute(opt.gradient_checkpointing)
     members = study.roles["train"]
     steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.epochs, len(members))
     ema = EMA(network, opt.ema_decay)
@@ -199,7 +218,7 @@ def train(opt, study: Study, device: torch.device) -> bool:
     continue_run(run, last, best, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
     diffusion, bfloat16 = Diffusion(opt.timesteps, opt.prediction), use_bfloat16(opt.precision, device)
     backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, bfloat16)
-                        for each in (network, ema.model))
+                        for each in (parallel(network, device), ema.model))
     folder = Path(opt.result_dir) / "stage1"
     if run.step >= total:
         if not best.exists():
@@ -208,15 +227,16 @@ def train(opt, study: Study, device: torch.device) -> bool:
               f"opt.epochs.\nNext: python main.py --refine --resume_path {best}")
         return True
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
-    write_split(folder / "split.csv", study.pairs, study.roles)
-    if opt.pattern_weight:
+    if writes():
+        write_split(folder / "split.csv", study.pairs, study.roles)
+    if opt.pattern_weight and writes():
         draw_pattern(study, folder / "pattern_mask.png")
     run.save(last)
     with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
         for epoch in range(run.step // steps_per_epoch, opt.epochs):
             batches = epoch_batches(members, opt.batch_size, opt.seed, epoch)
             for batch in batches[run.step % steps_per_epoch:]:
-                if stop or run.step >= total:
+                if stop.agreed() or run.step >= total:
                     break
                 values = train_step(backbone, ema, optimiser, opt, study, batch, run.step)
                 run.step += 1
@@ -256,10 +276,12 @@ def continue_run(run: Checkpoint, last: Path, best: Path, asked: Path | None, fr
         found[path] = read_checkpoint(path, (run.stage,))
         compared = {name: value for name, value in run.facts["options"].items() if name not in free}
         refuse_another_run(path, found[path], compared, run.facts["fingerprints"])
-    if not found:
-        return False
-    newest = max(found, key=lambda path: found[path]["step"])
-    run.load(found[newest])
-    run.best = run.best if best.exists() else worst
-    print(f"Continuing {newest} after step {run.step}.")
-    return True
+    if found:
+        newest = max(found, key=lambda path: found[path]["step"])
+        run.load(found[newest])
+        run.best = run.best if best.exists() else worst
+        print(f"Continuing {newest} after step {run.step}.")
+    if not same_everywhere(run.step):
+        raise CheckpointError(f"{last}: the ranks do not all see the same checkpoints; set opt.checkpoint_dir to a "
+                              "folder that all machines share")
+    return bool(found)

@@ -8,11 +8,13 @@ metrics.csv of the test subjects, sample grids and the refined volumes.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from data.split import write_split
@@ -26,6 +28,7 @@ from refinement import Refinement, coarse_on_new_subjects, report, write_samples
 from train import STAGE as STAGE_1
 from train import augmentation, continue_run, load_batch, model_facts, parts, total_steps
 from utils.checkpoint import Checkpoint, CheckpointError, Kept, content_hash, read_checkpoint, refuse_another_run
+from utils.distributed import any_rank, parallel, rank, share, summed, to_device, writes
 from utils.ema import EMA
 from utils.logger import Log
 from utils.metrics import psnr, summary, write_metrics
@@ -39,8 +42,8 @@ LOG_COLUMNS = ("kind", "step", "epoch", "loss", *LOSSES, "perceptual_share", "gr
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
 FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
-                "accumulate", "perceptual_weight", "vgg_weights", "vgg_download", "loss", "timesteps", "prediction",
-                "timestep_coupling", "device", "optimiser", "learning_rate"}
+                "accumulate", "gradient_checkpointing", "perceptual_weight", "vgg_weights", "vgg_download", "loss",
+                "timesteps", "prediction", "timestep_coupling", "device", "optimiser", "learning_rate"}
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 to go without)"  # a fingerprint of the run
 # What a stage-2 checkpoint keeps of the backbone's
 BACKBONE_FACTS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges")
@@ -67,53 +70,63 @@ def loss_weights(opt) -> dict[str, float]:
     return dict(zip(LOSSES, (1.0, opt.structure_weight, opt.microstructure_weight, opt.perceptual_weight)))
 
 
-def refinement_losses(network: RefineNet, work: Refinement, batch: list[int], step: int,
-                      places: list[int]) -> dict[str, torch.Tensor]:
-    """The losses of the pairs at these places of a batch, means over both directions; 0 where their weight is."""
-    opt, device = work.opt, work.device
-    transform, members = augmentation(opt, work.study, step, places), [batch[place] for place in places]
-    truth, masks = load_batch(work.study, members, transform, device)
-    losses, weights = {name: torch.zeros((), device=device) for name in LOSSES}, loss_weights(opt)
-    for source, target in network.directions:
-        coarse = work.varied_coarse(target, members, step, places)
-        coarse = (transform.volume(target, coarse) if transform else coarse).to(device)
-        with work.autocast():
-            refined = network(source, target, truth[source], coarse)
-        losses["tissue_loss"] += tissue_loss(refined, truth[target], masks[target], opt.pattern_weight) / 2
-        for name, term in zip(LOSSES[1:], (structure_loss, microstructure_loss, work.perceptual)):
-            if weights[name] and term:
-                losses[name] += term(refined, truth[target]) / 2
-    return losses
+def refinement_losses(network: nn.Module, work: Refinement, batch: list[int], step: int,
+                      sums: dict[str, torch.Tensor]) -> Iterator[Callable[[], torch.Tensor]]:
+    """The loss of a batch in parts (pairs and directions) whose sum over the ranks is that of the whole.
+
+    sums: each of the losses is added to, means over the batch and both directions; 0 where their weight is.
+    """
+    opt, device, directions = work.opt, work.device, work.backbone.network.directions
+    for places, factor in parts(opt, batch):
+        transform, members = augmentation(opt, work.study, step, places), [batch[place] for place in places]
+        truth, masks = load_batch(work.study, members, transform, device)
+        weight = factor * len(places) / len(batch) / len(directions)
+        for source, target in directions:
+            coarse = work.varied_coarse(target, members, step, places)
+            coarse = to_device(transform.volume(target, coarse) if transform else coarse, device)
+            yield functools.partial(direction_loss, network, work, source, target, truth, coarse, masks[target], weight,
+                                    sums)
 
 
-def train_step(network: RefineNet, ema: EMA, optimiser: Optimiser, work: Refinement, batch: list[int],
+def direction_loss(network: nn.Module, work: Refinement, source: str, target: str, truth: dict[str, torch.Tensor],
+                   coarse: torch.Tensor, mask: torch.Tensor, weight: float,
+                   sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`weight` times the loss of some pairs in one direction; its parts, times `weight`, are added to `sums`."""
+    weights = loss_weights(work.opt)
+    with work.autocast():
+        refined = network(source, target, truth[source], coarse)
+    losses = {"tissue_loss": tissue_loss(refined, truth[target], mask, work.opt.pattern_weight)}
+    for name, term in zip(LOSSES[1:], (structure_loss, microstructure_loss, work.perceptual)):
+        if weights[name] and term:
+            losses[name] = term(refined, truth[target])
+    for name, value in losses.items():
+        sums[name] = sums[name] + weight * value.detach()
+    return weight * sum(weights[name] * value for name, value in losses.items())
+
+
+def train_step(network: nn.Module, ema: EMA, optimiser: Optimiser, work: Refinement, batch: list[int],
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
-    torch.manual_seed(keyed_generator(work.opt.seed, Purpose.DROPOUT, step).initial_seed())
-    weights, sums = loss_weights(work.opt), dict.fromkeys(LOSSES, 0.0)
-
-    def losses() -> Iterator[torch.Tensor]:
-        for places in parts(work.opt, batch):
-            found, share = refinement_losses(network, work, batch, step, places), len(places) / len(batch)
-            for name, value in found.items():
-                sums[name] += share * value.item()
-            yield share * sum(weights[name] * value for name, value in found.items())
-
-    loss, norm = optimiser.update(losses(), step, [work.study.pairs[i].name for i in batch])
+    torch.manual_seed(keyed_generator(work.opt.seed, Purpose.DROPOUT, step, rank()).initial_seed())
+    sums = dict.fromkeys(LOSSES, torch.zeros((), device=work.device))
+    loss, norm = optimiser.update(network, refinement_losses(network, work, batch, step, sums), step,
+                                  [work.study.pairs[i].name for i in batch])
     ema.update(network)
-    share = weights["perceptual_loss"] * sums["perceptual_loss"] / loss
-    return {"loss": loss, **sums, "perceptual_share": share, "gradient_norm": norm,
+    found = dict(zip(LOSSES, summed(*torch.stack(list(sums.values())).tolist())))
+    share_of_it = work.opt.perceptual_weight * found["perceptual_loss"] / loss
+    return {"loss": loss, **found, "perceptual_share": share_of_it, "gradient_norm": norm,
             "learning_rate": optimiser.rate(step)}
 
 
 def validation_psnr(network: RefineNet, work: Refinement) -> float:
     """Mean PSNR in dB of the refined validation volumes over both directions."""
-    members, values = work.study.roles["validation"], []
-    truth = work.study.volumes(members)
-    for source, target in network.directions:
-        errors = work.refined(network, source, target, members) - truth[target]
-        values += [psnr(error.numpy()) for error in errors]
-    return sum(values) / len(values)
+    values = []
+    for i in share(work.study.roles["validation"]):
+        truth = work.study.volumes([i])
+        values += [psnr((work.refined(network, source, target, [i]) - truth[target])[0].numpy())
+                   for source, target in network.directions]
+    total, count = summed(sum(values), len(values))
+    return total / count
 
 
 def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16: bool) -> Backbone:
@@ -141,6 +154,7 @@ def new_network(opt, study: Study, backbone: Backbone) -> RefineNet:
     torch.manual_seed(opt.seed)
     network = RefineNet(study.sizes, **opt.network_arguments()).to(backbone.device)
     network.set_means(study.mean_volumes())
+    network.recompute(opt.gradient_checkpointing)
     if opt.warm_start:
         network.start_from(backbone.network, backbone.diffusion.timesteps // 2)
     return network
@@ -186,24 +200,26 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     continued = continue_run(run, last, best, Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
     folder = Path(opt.result_dir) / "refine"
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
-    write_split(folder / "split.csv", study.pairs, study.roles)
+    if writes():
+        write_split(folder / "split.csv", study.pairs, study.roles)
     stop = StopRequest(opt.max_minutes)
     with stop:
         work = Refinement(opt, study, backbone, backbone_hash, perceptual, stop)
-    if stop:
+    if stop.agreed():
         print(f"Stopped while coarse volumes were sampled ({stop.reason}); the same command continues.")
         return False
     if not continued:
         for each in (network, ema.model):
             fit_blend(each, work)
         run.save(last)
+    trained = parallel(network, device)
     with stop, tqdm(total=total, initial=run.step, unit="step") as bar:
         for epoch in range(run.step // steps_per_epoch, opt.refine_epochs):
             batches = epoch_batches(members, opt.batch_size, opt.seed, epoch)
             for batch in batches[run.step % steps_per_epoch:]:
-                if stop or run.step >= total:
+                if stop.agreed() or run.step >= total:
                     break
-                values = train_step(network, ema, optimiser, work, batch, run.step)
+                values = train_step(trained, ema, optimiser, work, batch, run.step)
                 run.step += 1
                 bar.update()
                 bar.set_description(f"stage 2, epoch {epoch + 1}/{opt.refine_epochs}")
@@ -231,10 +247,12 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
 
 def finish(run: Checkpoint, best: Path, smooth: RefineNet, work: Refinement, folder: Path) -> None:
     """Score the best model on the test subjects: metrics.csv, and a table. smooth: the average of the last step."""
-    if not best.exists():  # a finished run, continued in another folder, or its best is gone
+    if any_rank(writes() and not best.exists()):  # a finished run, continued in another folder, or its best is gone
         run.best = validation_psnr(smooth, work)
         run.save(best)
         print(f"note: {best} was not there: the model of the last step stands in for the best")
+    if not writes():
+        return
     rows = report(open_refined(read_checkpoint(best, (STAGE,)), work.device), work)
     write_metrics(folder / "metrics.csv", rows)
     gap = f"{coarse_on_new_subjects(work)}\n" if work.opt.coarse != "none" else ""

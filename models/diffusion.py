@@ -55,11 +55,14 @@ class Diffusion:
     def __init__(self, timesteps: int, prediction: str):
         self.timesteps, self.prediction = timesteps, prediction
         self.alpha_bar = cosine_alpha_bar(timesteps)
+        self._tables: dict[torch.device, Tensor] = {}  # alpha_bar where it was used, so that no step waits for a copy
 
     def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) as (B, 1, 1, 1, 1), default type, where t (B,) is."""
-        alpha_bar, kind = self.alpha_bar[t.cpu()].view(-1, 1, 1, 1, 1), torch.get_default_dtype()
-        return alpha_bar.sqrt().to(t.device, kind), (1 - alpha_bar).sqrt().to(t.device, kind)
+        if t.device not in self._tables:
+            self._tables[t.device] = self.alpha_bar.to(t.device)
+        alpha_bar, kind = self._tables[t.device][t].view(-1, 1, 1, 1, 1), torch.get_default_dtype()
+        return alpha_bar.sqrt().to(kind), (1 - alpha_bar).sqrt().to(kind)
 
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """xt of x0 (B, 1, X, Y, Z) at t (B,)."""

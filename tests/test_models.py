@@ -180,13 +180,13 @@ def test_a_step_that_is_not_finite_is_not_taken():
     model, steps = optimiser()
     before = model.weight.clone()
     for _ in range(4):
-        steps.update([model(torch.ones(1, 2)).sum() * float("inf")], 3, ["sub-1"])
+        steps.update(model, [lambda: model(torch.ones(1, 2)).sum() * float("inf")], 3, ["sub-1"])
     assert torch.equal(model.weight, before)
-    steps.update([model(torch.ones(1, 2)).sum()], 4, ["sub-1"])
+    steps.update(model, [lambda: model(torch.ones(1, 2)).sum()], 4, ["sub-1"])
     assert not torch.equal(model.weight, before) and steps.bad_in_a_row == 0
     with pytest.raises(TrainingError, match="step 9.*sub-7"):
         for _ in range(5):
-            steps.update([model(torch.ones(1, 2)).sum() * float("nan")], 9, ["sub-7"])
+            steps.update(model, [lambda: model(torch.ones(1, 2)).sum() * float("nan")], 9, ["sub-7"])
 
 
 def test_parts_of_a_loss_add_up():
@@ -194,8 +194,9 @@ def test_parts_of_a_loss_add_up():
     other.load_state_dict(one.state_dict())
     inputs = torch.randn(4, 2)
     for _ in range(3):
-        together = whole.update([one(inputs).square().mean()], 5, [])
-        apart = split.update((other(part).square().sum() / 4 for part in inputs.split([1, 3])), 5, [])
+        together = whole.update(one, [lambda: one(inputs).square().mean()], 5, [])
+        apart = split.update(other, [lambda part=part: other(part).square().sum() / 4 for part in inputs.split([1, 3])],
+                             5, [])
         assert apart == pytest.approx(together, rel=1e-5)
     torch.testing.assert_close(other.weight, one.weight)
 
@@ -211,7 +212,7 @@ def test_muon_makes_hidden_updates_orthogonal():
     for parameter in net.parameters():  # nothing is at its starting zero
         nn.init.normal_(parameter, std=0.05)
     before = [each.weight.detach().clone() for each in (body.down[0][0].conv1, body.stem)]
-    steps.update([sum(each.square().mean() for each in net(x, t).values())], 0, [])
+    steps.update(net, [lambda: sum(each.square().mean() for each in net(x, t).values())], 0, [])
     hidden, stem = (each.weight.detach() - old for each, old in zip((body.down[0][0].conv1, body.stem), before))
     singular = torch.linalg.svdvals(hidden.flatten(1)) / (1e-3 * MUON_RATE)
     assert singular.min() > 0.5 and singular.max() < 1.5
@@ -219,8 +220,8 @@ def test_muon_makes_hidden_updates_orthogonal():
 
 
 def test_gradients_are_clipped():
-    _, steps = optimiser()
-    loss, norm = steps.update([nn.functional.linear(torch.full((1, 2), 100.0), steps.parameters[0]).sum()], 0, [])
+    model, steps = optimiser()
+    loss, norm = steps.update(model, [lambda: model(torch.full((1, 2), 100.0)).sum()], 0, [])
     assert norm > 100 and math.isfinite(loss)
 
 

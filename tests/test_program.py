@@ -314,7 +314,7 @@ def test_devices_and_processes_that_are_not_there(study_csv, tmp_path, capsys, m
     assert "opt.device = 'cuda:99'" in message and "choose auto or cpu" in message
     assert "is no device" in refusal(capsys, arguments(study_csv, tmp_path, "--device", "cpu:x"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "several processes" in refusal(capsys, arguments(study_csv, tmp_path))
+    assert "not by torchrun" in refusal(capsys, arguments(study_csv, tmp_path))
 
 
 def test_a_warm_start_needs_the_same_network(trained, study_csv, tmp_path, capsys):

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from utils.distributed import writes
+
 FORMAT = 1
 
 
@@ -30,7 +32,12 @@ class Checkpoint:
         self.step, self.best, self.run_id = 0, best, uuid.uuid4().hex
 
     def save(self, path: Path) -> None:
-        """Write to a temporary file, flush it to the disk, and rename: `path` always holds a whole checkpoint."""
+        """Write to a temporary file, flush it to the disk, and rename: `path` always holds a whole checkpoint.
+
+        Only the first rank does.
+        """
+        if not writes():
+            return
         state = {"format": FORMAT, "stage": self.stage, "step": self.step, "best": self.best, "run_id": self.run_id,
                  **self.facts, **{name: part.state_dict() for name, part in self.parts.items()}}
         temporary = path.with_name(f".{path.name}.part")

@@ -24,9 +24,17 @@ GRACE = 5.0  # seconds in which torchrun ends a rank that failed for the same re
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
+class LaunchError(ValueError):
+    """Processes that cannot work together; the message says how to start them."""
+
+
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun started this process as one of several. Raises LaunchError where something else did."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and not dist.is_torchelastic_launched():
+        raise LaunchError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is set, but not by torchrun: start several ranks "
+                          "as torchrun --nproc-per-node N main.py, or unset it for one process")
+    return several
 
 
 def place_on_machine() -> int:
@@ -109,7 +117,7 @@ def any_rank(flag: object) -> bool:
 
 def same_everywhere(value: int) -> bool:
     """Whether all ranks have the same number (below 2^53)."""
-    return summed(value)[0] == value * world() and not any_rank(summed(value)[0] != value * world())
+    return not any_rank(summed(value)[0] != value * world())
 
 
 def wait() -> None:

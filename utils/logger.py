@@ -6,13 +6,15 @@ import csv
 import os
 from pathlib import Path
 
+from utils.distributed import writes
+
 
 class LogError(ValueError):
     """A log that belongs to another run; the message says what to do."""
 
 
 class Log:
-    """Appends rows to a CSV file. A continued run first drops the rows after its step.
+    """Appends rows to a CSV file, on the first rank. A continued run first drops the rows after its step.
 
     columns: the first two must be "kind" (training or validation) and "step". run_id: the same for a run and its
     continuations, kept in run_id.txt beside the log. Raises LogError where the file holds the steps of another run.
@@ -20,6 +22,8 @@ class Log:
 
     def __init__(self, path: Path, columns: tuple[str, ...], step: int, run_id: str):
         self.path, self.columns = path, columns
+        if not writes():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept, owner = [], path.with_name("run_id.txt")
         if path.exists():
@@ -39,6 +43,8 @@ class Log:
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row; floats with six significant digits."""
+        if not writes():
+            return
         row = {"kind": kind, "step": step, **values}
         with open(self.path, "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(

@@ -7,10 +7,12 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from utils.distributed import any_rank, summed, unsynchronised, world
 
 BAD_STEPS_IN_A_ROW = 5
 NOT_HIDDEN = {"stem", "target_stem", "head", "gain"}  # layers at the networks' ends
@@ -49,7 +51,7 @@ class Optimiser:
         hidden = {name: p for name, p in named.items() if kind == "muon" and p.ndim > 1
                   and not set(name.split(".")) & NOT_HIDDEN}
         rest = [p for name, p in named.items() if name not in hidden]
-        self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in hidden.values()]  # (out, in)
+        self.matrices = [(p, nn.Parameter(_rows(p.detach(), p))) for p in hidden.values()]  # (out, in)
         self.parts = {"adam": torch.optim.Adam(rest, lr=learning_rate, fused=True)}
         if self.matrices:
             self.parts["muon"] = torch.optim.Muon([matrix for _, matrix in self.matrices], lr=learning_rate,
@@ -64,16 +66,24 @@ class Optimiser:
         done = (step - self.warmup) / max(1, self.total - self.warmup)
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    def update(self, losses: Iterable[Tensor], step: int, subjects: list[str]) -> tuple[float, float]:
-        """Back-propagate each part of the loss and step on their sum; returns the loss and the gradient norm.
+    def update(self, network: nn.Module, losses: Iterable[Callable[[], Tensor]], step: int,
+               subjects: list[str]) -> tuple[float, float]:
+        """Compute and back-propagate each part of the loss, and step on their sum over all parts and ranks.
 
-        A loss or gradient that is not finite is not stepped on; several in a row raise TrainingError.
+        network: as `parallel` returned it; every rank needs at least one part. Returns the loss and the gradient norm,
+        the same on all ranks. What is not finite is not stepped on; several in a row raise TrainingError.
         """
-        total = 0.0
-        for loss in losses:
-            loss.backward()
-            total += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf).item()
+        remaining, total = iter(losses), 0.0
+        part = next(remaining)
+        while part:  # gradients are exchanged with those of the last part
+            following = next(remaining, None)
+            with unsynchronised(network) if following else contextlib.nullcontext():
+                loss = part()
+                (loss * world()).backward()  # DistributedDataParallel takes the mean over the ranks
+            total, part = total + loss.detach(), following
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        total, norm = torch.stack([total, norm]).tolist()  # the one place where a step waits for the device
+        total = summed(total)[0]
         if math.isfinite(norm) and math.isfinite(total):
             self._step(self.rate(step))
             self.bad_in_a_row = 0
@@ -89,7 +99,7 @@ class Optimiser:
 
     def _step(self, rate: float) -> None:
         for parameter, matrix in self.matrices:
-            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+            matrix.grad = None if parameter.grad is None else _rows(parameter.grad, parameter)
         for name, part in self.parts.items():
             part.param_groups[0]["lr"] = rate * (MUON_RATE if name == "muon" else 1)
             part.step()
@@ -100,6 +110,11 @@ class Optimiser:
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+
+
+def _rows(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A weight or its gradient as a matrix (out, in), in the order of the weight in memory, of which it is a view."""
+    return (tensor if weight.is_contiguous() else tensor.movedim(1, -1)).flatten(1)
 
 
 class StopRequest:
@@ -124,6 +139,12 @@ class StopRequest:
         self.reason = f"asked to by {signal.Signals(number).name}"
         signal.signal(number, self._before[number])  # a second one acts at once
         print("\nStopping after this step; once more stops at once.", file=sys.stderr)
+
+    def agreed(self) -> bool:
+        """Whether any rank is to stop: asked at the same step, all leave at the same."""
+        if any_rank(self) and not self.reason:
+            self.reason = "another rank was asked to"
+        return bool(self.reason)
 
     def __bool__(self) -> bool:
         if not self.reason and time.monotonic() > self._deadline:
