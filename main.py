@@ -11,6 +11,7 @@ change; 3 stopped early: the same command continues.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -29,8 +30,8 @@ from data.pairs import Pair, find_pairs
 from data.problems import DataError, Problem, refuse
 from data.split import split_subjects
 from data.study import Study
+from estimate import expect, gib, remedies
 from models.perceptual import WeightsError
-from models.unet import DualModalUNet
 from opt import PRESETS, SMALLEST_AXIS, OptionError, opt, small
 from utils.arguments import parse_arguments
 from utils.checkpoint import CheckpointError, read_checkpoint
@@ -111,9 +112,10 @@ def read_study(opt) -> Study:
 
 def describe(opt, study: Study, device: torch.device) -> None:
     """Print what is about to run: device, data, sizes, parameters, and the settings that differ from the defaults."""
-    with torch.device("meta"):
-        network = DualModalUNet(study.sizes, **opt.network_arguments())
-    precision = "bfloat16" if use_bfloat16(opt.precision, device) else "float32"
+    bfloat16, members = use_bfloat16(opt.precision, device), study.roles["train"]
+    steps = train.total_steps(opt, opt.refine_epochs if opt.refine else opt.epochs, len(members))
+    expected = expect(opt, study.sizes, steps, math.ceil(len(members) / opt.batch_size), device, bfloat16)
+    precision = "bfloat16" if bfloat16 else "float32"
     subjects = {role: len({study.pairs[i].person for i in members}) for role, members in study.roles.items()}
     default = small().as_dict()
     differs = [f"{name} = {value!r}" for name, value in opt.as_dict().items() if value != default[name]]
@@ -122,8 +124,15 @@ def describe(opt, study: Study, device: torch.device) -> None:
           f"data        {opt.data_root}: {len(study.pairs)} pairs; subjects: "
           + ", ".join(f"{count} {role}" for role, count in subjects.items()) + "\n"
           "sizes       " + ", ".join(f"{name} {'x'.join(map(str, size))}" for name, size in study.sizes.items()) + "\n"
-          f"network     {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters\n"
+          f"network     {expected.parameters / 1e6:.1f} million parameters\n"
+          f"expected    {expected}\n"
           f"changed     {', '.join(differs) or 'nothing, all settings are the defaults'}", flush=True)
+    if expected.free and expected.memory > expected.free[0]:
+        told = (f"training will need about {gib(expected.memory)} of memory, and {gib(expected.free[0])} of "
+                f"{gib(expected.free[1])} are free. What lowers it: {', '.join(remedies(opt))}")
+        if expected.memory > expected.free[1]:
+            raise OptionError(told)
+        print(f"note: {told}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -180,9 +189,9 @@ def run(settings) -> int:
         make_writable(settings.result_dir)
         return FINISHED if check(settings) else REFUSED
     with joined(device):
-        if settings.batch_size < world():
-            raise OptionError(f"opt.batch_size = {settings.batch_size}: are the pairs of a step of all {world()} ranks "
-                              "together; set at least as many, or start fewer ranks")
+        if 2 * settings.batch_size < world():
+            raise OptionError(f"opt.batch_size = {settings.batch_size}: these are the pairs of a step of all {world()} "
+                              "ranks together, each in two directions; set a larger one, or start fewer ranks")
         state = None
         if settings.refine:  # before any data is read
             state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))

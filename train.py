@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,15 +64,18 @@ def total_steps(opt, epochs: int, pairs: int) -> int:
     return min(steps, opt.max_steps) if opt.max_steps else steps
 
 
-def parts(opt, batch: list[int]) -> Iterator[tuple[list[int], float]]:
-    """This rank's share of the places 0 .. B - 1 of a batch in opt.accumulate parts, or as many as there are pairs.
+def parts(opt, jobs: list[tuple[object, int]]) -> Iterator[tuple[object, list[int], float]]:
+    """This rank's share of the jobs of a step, (what is predicted, place 0 .. B - 1 in the batch), as (what, places,
+    factor): one part for each that is predicted, or opt.accumulate of them.
 
-    Each part comes with the factor of its loss: 1, or 0 where there are fewer pairs than ranks and one is computed only
-    to be there when gradients are exchanged.
+    factor: of the part's loss: 1, or 0 where there are fewer jobs than ranks and one is computed only to be there when
+    gradients are exchanged.
     """
-    mine = share(range(len(batch)))
-    for places in np.array_split(mine or [0], min(opt.accumulate, len(mine) or 1)):
-        yield places.tolist(), float(bool(mine))
+    mine = share(jobs)
+    for what in dict.fromkeys(what for what, _ in mine or jobs[:1]):
+        places = [place for each, place in mine or jobs[:1] if each == what]
+        for part in np.array_split(places, min(opt.accumulate, len(places))):
+            yield what, part.tolist(), float(bool(mine))
 
 
 def augmentation(opt, study: Study, step: int, places: list[int]) -> PairTransform | None:
@@ -95,36 +99,33 @@ def load_batch(study: Study, batch: list[int], transform: PairTransform | None,
 
 def diffusion_losses(backbone: Backbone, opt, study: Study, batch: list[int],
                      step: int) -> Iterator[Callable[[], torch.Tensor]]:
-    """The pattern-aware loss of a batch in parts (pairs and directions) whose sum over the ranks is that of the whole.
+    """The pattern-aware loss of a batch in parts whose sum over the ranks is that of the whole.
 
-    Noise and timesteps are keyed by (seed, step, place). A modality that is given (t = 0) is left out of the mean.
+    A modality that is given (t = 0) is not predicted, and left out of the mean.
     """
-    device, diffusion = backbone.device, backbone.diffusion
     times = training_timesteps(opt.timestep_coupling, opt.timesteps, study.modalities,
                                [(opt.seed, Purpose.TIMESTEPS, step, place) for place in range(len(batch))])
-    counted = {name: max(1, int((t > 0).sum())) for name, t in times.items()}
-    for places, factor in parts(opt, batch):
-        members, transform = [batch[place] for place in places], augmentation(opt, study, step, places)
-        x0, masks = load_batch(study, members, transform, device)
-        noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
-        noise = {name: to_device(each, device) for name, each in noise.items()}
-        t = {name: to_device(each[places], device) for name, each in times.items()}
-        xt = {name: diffusion.noisy(x0[name], noise[name], t[name]) for name in x0}
-        for name, count in counted.items():
-            noisy = [k for k, place in enumerate(places) if times[name][place] > 0]
-            if noisy:  # what is given need not be predicted, nor computed
-                target = diffusion.target(x0[name], noise[name], t[name])[noisy]
-                weight = factor / count / len(counted)
-                yield functools.partial(direction_loss, backbone, opt, name, {each: x[noisy] for each, x in xt.items()},
-                                        {each: time[noisy] for each, time in t.items()}, target, masks[name][noisy],
-                                        weight)
+    noisy = [(name, place) for name, t in times.items() for place in range(len(batch)) if t[place] > 0]
+    counted = Counter(name for name, _ in noisy)
+    for name, places, factor in parts(opt, noisy):
+        weight = factor / counted[name] / len(times)
+        yield functools.partial(direction_loss, backbone, opt, study, batch, step, name, places, times, weight)
 
 
-def direction_loss(backbone: Backbone, opt, name: str, xt: dict[str, torch.Tensor], t: dict[str, torch.Tensor],
-                   target: torch.Tensor, mask: torch.Tensor, weight: float) -> torch.Tensor:
-    """`weight` times the pattern-aware loss of some pairs, summed, in the prediction of one modality."""
-    predicted = backbone(xt, t, {name})[name]
-    return weight * pattern_aware_loss(predicted, target, mask, opt.pattern_weight, opt.loss).sum()
+def direction_loss(backbone: Backbone, opt, study: Study, batch: list[int], step: int, name: str, places: list[int],
+                   times: dict[str, torch.Tensor], weight: float) -> torch.Tensor:
+    """`weight` times the summed loss in the prediction of one modality, of the pairs at these places of a batch.
+
+    The noise is keyed by (seed, step, place).
+    """
+    device, diffusion = backbone.device, backbone.diffusion
+    x0, masks = load_batch(study, [batch[place] for place in places], augmentation(opt, study, step, places), device)
+    noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
+    noise = {each: to_device(volumes, device) for each, volumes in noise.items()}
+    t = {each: to_device(drawn[places], device) for each, drawn in times.items()}
+    xt = {each: diffusion.noisy(x0[each], noise[each], t[each]) for each in x0}
+    predicted, target = backbone(xt, t, {name})[name], diffusion.target(x0[name], noise[name], t[name])
+    return weight * pattern_aware_loss(predicted, target, masks[name], opt.pattern_weight, opt.loss).sum()
 
 
 def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: Study, batch: list[int],

@@ -72,30 +72,29 @@ def loss_weights(opt) -> dict[str, float]:
 
 def refinement_losses(network: nn.Module, work: Refinement, batch: list[int], step: int,
                       sums: dict[str, torch.Tensor]) -> Iterator[Callable[[], torch.Tensor]]:
-    """The loss of a batch in parts (pairs and directions) whose sum over the ranks is that of the whole.
+    """The loss of a batch in parts whose sum over the ranks is that of the whole.
 
     sums: each of the losses is added to, means over the batch and both directions; 0 where their weight is.
     """
-    opt, device, directions = work.opt, work.device, work.backbone.network.directions
-    for places, factor in parts(opt, batch):
-        transform, members = augmentation(opt, work.study, step, places), [batch[place] for place in places]
-        truth, masks = load_batch(work.study, members, transform, device)
+    directions = work.backbone.network.directions
+    jobs = [(direction, place) for direction in directions for place in range(len(batch))]
+    for (source, target), places, factor in parts(work.opt, jobs):
         weight = factor * len(places) / len(batch) / len(directions)
-        for source, target in directions:
-            coarse = work.varied_coarse(target, members, step, places)
-            coarse = to_device(transform.volume(target, coarse) if transform else coarse, device)
-            yield functools.partial(direction_loss, network, work, source, target, truth, coarse, masks[target], weight,
-                                    sums)
+        yield functools.partial(direction_loss, network, work, batch, step, source, target, places, weight, sums)
 
 
-def direction_loss(network: nn.Module, work: Refinement, source: str, target: str, truth: dict[str, torch.Tensor],
-                   coarse: torch.Tensor, mask: torch.Tensor, weight: float,
-                   sums: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`weight` times the loss of some pairs in one direction; its parts, times `weight`, are added to `sums`."""
-    weights = loss_weights(work.opt)
+def direction_loss(network: nn.Module, work: Refinement, batch: list[int], step: int, source: str, target: str,
+                   places: list[int], weight: float, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`weight` times the loss in one direction, mean over the pairs at these places of a batch; the losses that it is
+    made of, times `weight`, are added to `sums`."""
+    opt, weights, members = work.opt, loss_weights(work.opt), [batch[place] for place in places]
+    transform = augmentation(opt, work.study, step, places)
+    truth, masks = load_batch(work.study, members, transform, work.device)
+    coarse = work.varied_coarse(target, members, step, places)
+    coarse = to_device(transform.volume(target, coarse) if transform else coarse, work.device)
     with work.autocast():
         refined = network(source, target, truth[source], coarse)
-    losses = {"tissue_loss": tissue_loss(refined, truth[target], mask, work.opt.pattern_weight)}
+    losses = {"tissue_loss": tissue_loss(refined, truth[target], masks[target], opt.pattern_weight)}
     for name, term in zip(LOSSES[1:], (structure_loss, microstructure_loss, work.perceptual)):
         if weights[name] and term:
             losses[name] = term(refined, truth[target])
@@ -113,7 +112,7 @@ def train_step(network: nn.Module, ema: EMA, optimiser: Optimiser, work: Refinem
                                   [work.study.pairs[i].name for i in batch])
     ema.update(network)
     found = dict(zip(LOSSES, summed(*torch.stack(list(sums.values())).tolist())))
-    share_of_it = work.opt.perceptual_weight * found["perceptual_loss"] / loss
+    share_of_it = work.opt.perceptual_weight * found["perceptual_loss"] / loss if loss else 0.0
     return {"loss": loss, **found, "perceptual_share": share_of_it, "gradient_norm": norm,
             "learning_rate": optimiser.rate(step)}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import main
-from benchmarks import ablation, group_difference, loader_cost, refine_ablation, sampler_error, stage1_quality
+from benchmarks import ablation, group_difference, loader_cost, refine_ablation, sampling, stage1_quality
 from models.backbone import Backbone
 from opt import PRESETS, opt
 from tests.conftest import arguments
@@ -87,10 +87,12 @@ def test_cost_of_loading(settings, monkeypatch):
 def test_errors_of_samplers(checkpoint, settings):
     study = main.read_study(settings)
     backbone = Backbone.from_checkpoint(read_checkpoint(checkpoint, ("stage 1",)), torch.device("cpu"), False)
-    found = sampler_error.errors(backbone, study, 0, (("dpmpp", 5), ("dpmpp", 40)), ("dpmpp", 40))
-    assert set(found) == {"joint", "given fmri", "given dmri"}
-    for row in found.values():
-        assert row["dpmpp", 40] == 0 < row["dpmpp", 5]
+    rows = sampling.compare(backbone, study, 0, (("dpmpp", 5), ("dpmpp", 40)), ("dpmpp", 40))
+    assert {row["what"] for row in rows} == {"joint", "given fmri", "given dmri"}
+    for row in rows:
+        assert (row["error"] == 0) == (row["steps"] == 40) and row["seconds"] > 0
+        assert np.isfinite(row["psnr"]) == (row["what"] != "joint")
+    assert sampling.table(rows).count("\n") == 3  # two lines of heading, and one for each number of steps
 
 
 def test_projection_of_group_differences():

@@ -42,6 +42,11 @@ def place_on_machine() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_here() -> int:
+    """How many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

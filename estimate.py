@@ -1,0 +1,180 @@
+"""What training will need, before it starts: memory, arithmetic and time, and whether that fits."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.diffusion import GIVEN
+from models.refine import RefineNet
+from models.unet import DualModalUNet
+from utils.distributed import ranks_here, world
+
+GIB = 2**30
+PROGRAM = 0.7 * GIB  # Python, PyTorch and its scratch memory (measured on the CPU)
+CONVOLUTIONS = 0.7  # about this part of a step is spent in the network's convolutions (benchmarks/step.py)
+
+
+@dataclass
+class Cost:
+    """Of one rank's share of a training step: bytes at its peak, FLOP, and the network's number of parameters."""
+
+    memory: float
+    flop: float
+    parameters: int
+
+
+class Attention(TorchFunctionMode):
+    """Stands in for scaled_dot_product_attention, whose kernels tensors without content do not reach; counts its FLOP.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flop = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            B, heads, tokens, channels = args[0].shape
+            self.flop += 7 * 2 * B * heads * tokens**2 * channels  # 2 matrix products forward, 5 backward
+            return args[2]
+        return func(*args, **(kwargs or {}))
+
+
+class Memory(TorchDispatchMode):
+    """Adds up the storages that are alive; `peak` is the most there ever were, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, made)
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def step_cost(opt, sizes: dict[str, tuple[int, ...]], bfloat16: bool) -> Cost:
+    """Walk through one step, direction after direction as the trainers do, with tensors that have no content."""
+    mine = math.ceil(opt.batch_size / world())  # of each direction
+    together = math.ceil(mine / min(opt.accumulate, mine))
+    kind = torch.bfloat16 if bfloat16 else torch.float32
+    with torch.device("meta"):
+        network = (RefineNet if opt.refine else DualModalUNet)(sizes, **opt.network_arguments())
+        network.recompute(opt.gradient_checkpointing)
+        parameters = sum(p.numel() for p in network.parameters())
+        with Attention() as attention, Memory() as memory, FlopCounterMode(display=False) as counter:
+            for source, target in network.directions:
+                x = {name: torch.empty(together, 1, *size) for name, size in sizes.items()}
+                t = {name: torch.ones(together) for name in sizes}
+                net = network.direction(source, target).to(kind)
+                made = net(x[source].to(kind), x[target].to(kind), *(() if opt.refine else (t[source], t[target])))
+                made.square().mean().backward()
+                del made
+    flop = (counter.get_total_flops() + attention.flop) * mine / together
+    if not opt.refine and opt.timestep_coupling == "independent":
+        flop *= 1 - GIVEN / 2  # what is given is not computed
+    copies = 4 + (2 if opt.refine else 0)  # weights, two averages of Adam's, EMA; the backbone and its checkpoint
+    return Cost(memory.peak + 4 * copies * parameters + PROGRAM, flop, parameters)
+
+
+def convolution_rate(channels: int, size: tuple[int, ...], pairs: int, device: torch.device, bfloat16: bool) -> float:
+    """FLOP per second of a convolution of these channels on this grid, forward and backward, on this device now."""
+    kind = torch.bfloat16 if bfloat16 else torch.float32
+    layer = nn.Conv3d(channels, channels, 3, padding=1).to(device, kind, memory_format=torch.channels_last_3d)
+    x = torch.randn(pairs, channels, *size).to(device, kind, memory_format=torch.channels_last_3d).requires_grad_()
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        y = layer(x)
+        torch.autograd.grad(y, [x, layer.weight], torch.ones_like(y))[0].flatten()[0].item()  # waits for the device
+    return 3 * 2 * 27 * channels**2 * pairs * math.prod(size) / (time.perf_counter() - start)
+
+
+def free_memory(device: torch.device) -> tuple[float, float] | None:
+    """(bytes that are free, bytes there are) on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    try:
+        with open("/proc/meminfo") as file:
+            found = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in file}
+        limit = math.inf
+        for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            if os.path.exists(name):
+                with open(name) as file:
+                    limit = min(limit, float(file.read().replace("max", "inf")))
+        return min(found["MemAvailable"], limit), min(found["MemTotal"], limit)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+
+
+@dataclass
+class Expected:
+    """What training is expected to need: bytes of all ranks on this device, (free, all) of those; seconds.
+
+    whole and epoch: without validation and pictures.
+    """
+
+    memory: float
+    free: tuple[float, float] | None
+    parameters: int
+    step: float
+    epoch: float
+    whole: float
+
+    def __str__(self) -> str:
+        free = f" ({gib(self.free[0])} free)" if self.free else ""
+        return (f"about {gib(self.memory)} of memory{free}, {_duration(self.step)} a step, {_duration(self.epoch)} an "
+                f"epoch, {_duration(self.whole)} in all (validation and pictures apart)")
+
+
+def expect(opt, sizes: dict[str, tuple[int, ...]], steps: int, steps_per_epoch: int, device: torch.device,
+           bfloat16: bool) -> Expected:
+    """Memory and time of training `steps` steps, from the arithmetic of a step and how fast this device is now."""
+    cost = step_cost(opt, sizes, bfloat16)
+    memory = cost.memory * (1 if device.type == "cuda" else ranks_here())
+    grid = tuple(-(-n // opt.patch_size) for n in max(sizes.values(), key=math.prod))
+    seconds = cost.flop / convolution_rate(opt.base_channels, grid, 1, device, bfloat16) / CONVOLUTIONS
+    return Expected(memory, free_memory(device), cost.parameters, seconds, seconds * steps_per_epoch, seconds * steps)
+
+
+def remedies(opt) -> list[str]:
+    """Settings that lower the memory of a step, those first that leave the result as it is."""
+    share = math.ceil(opt.batch_size / world())
+    return [*([f"opt.accumulate = {share}"] if opt.accumulate < share else []),
+            *(["opt.gradient_checkpointing = True"] if not opt.gradient_checkpointing else []),
+            *(["opt.patch_size = 2"] if opt.patch_size < 2 else []),
+            "fewer opt.base_channels", "a smaller opt.image_size (with opt.resize)",
+            *(["a smaller opt.batch_size"] if opt.batch_size > world() else [])]
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
