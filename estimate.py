@@ -10,19 +10,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.diffusion import GIVEN
+from models.layers import Conv3d
 from models.refine import RefineNet
 from models.unet import DualModalUNet
 from utils.distributed import ranks_here, world
 
 GIB = 2**30
 PROGRAM = 0.7 * GIB  # Python, PyTorch and its scratch memory (measured on the CPU)
+KEPT_FREE = 1.4  # so much more memory than tensors hold: what is freed is kept in pieces (measured on the CPU)
 CONVOLUTIONS = 0.7  # about this part of a step is spent in the network's convolutions (benchmarks/step.py)
 
 
@@ -80,30 +82,37 @@ def step_cost(opt, sizes: dict[str, tuple[int, ...]], bfloat16: bool) -> Cost:
     """Walk through one step, direction after direction as the trainers do, with tensors that have no content."""
     mine = math.ceil(opt.batch_size / world())  # of each direction
     together = math.ceil(mine / min(opt.accumulate, mine))
-    kind = torch.bfloat16 if bfloat16 else torch.float32
     with torch.device("meta"):
         network = (RefineNet if opt.refine else DualModalUNet)(sizes, **opt.network_arguments())
         network.recompute(opt.gradient_checkpointing)
-        parameters = sum(p.numel() for p in network.parameters())
-        with Attention() as attention, Memory() as memory, FlopCounterMode(display=False) as counter:
+
+        def walk() -> None:
             for source, target in network.directions:
-                x = {name: torch.empty(together, 1, *size) for name, size in sizes.items()}
-                t = {name: torch.ones(together) for name in sizes}
-                net = network.direction(source, target).to(kind)
-                made = net(x[source].to(kind), x[target].to(kind), *(() if opt.refine else (t[source], t[target])))
-                made.square().mean().backward()
-                del made
-    flop = (counter.get_total_flops() + attention.flop) * mine / together
+                volumes = {name: torch.empty(together, 1, *size) for name, size in sizes.items()}
+                t = () if opt.refine else (torch.ones(together),) * 2
+                net = network.direction(source, target)
+                net(volumes[source], volumes[target], *t).square().mean().backward()
+
+        with Attention() as attention:
+            with FlopCounterMode(display=False) as counter:
+                walk()
+            network.zero_grad()
+            flop = (counter.get_total_flops() + attention.flop) * mine / together
+            with Memory() as memory:  # apart: what counts keeps tensors alive
+                walk()
     if not opt.refine and opt.timestep_coupling == "independent":
         flop *= 1 - GIVEN / 2  # what is given is not computed
-    copies = 4 + (2 if opt.refine else 0)  # weights, two averages of Adam's, EMA; the backbone and its checkpoint
-    return Cost(memory.peak + 4 * copies * parameters + PROGRAM, flop, parameters)
+    parameters = sum(p.numel() for p in network.parameters())
+    # weights, EMA, and two averages of Adam's; the backbone, and its checkpoint
+    kept, gradients = 4 * parameters * (4 + (2 if opt.refine else 0)), 4 * parameters
+    features = KEPT_FREE * (memory.peak - gradients) / (2 if bfloat16 else 1)
+    return Cost(features + gradients + kept + PROGRAM, flop, parameters)
 
 
 def convolution_rate(channels: int, size: tuple[int, ...], pairs: int, device: torch.device, bfloat16: bool) -> float:
     """FLOP per second of a convolution of these channels on this grid, forward and backward, on this device now."""
     kind = torch.bfloat16 if bfloat16 else torch.float32
-    layer = nn.Conv3d(channels, channels, 3, padding=1).to(device, kind, memory_format=torch.channels_last_3d)
+    layer = Conv3d(channels, channels, 3, padding=1).to(device, kind, memory_format=torch.channels_last_3d)
     x = torch.randn(pairs, channels, *size).to(device, kind, memory_format=torch.channels_last_3d).requires_grad_()
     for _ in range(2):  # the first warms up
         start = time.perf_counter()

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 import train_refine
 from main import choose_device
+from models import layers
 from models.backbone import Backbone
 from models.diffusion import Diffusion
 from models.unet import DualModalUNet
@@ -135,17 +136,24 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(settings, config: str, stage: int, steps: int) -> dict:
+def use_defaults_of_pytorch() -> None:
+    """Undo what makes the networks fast, for --plain: the same arithmetic in the default memory format."""
+    layers.layout = lambda size: torch.contiguous_format
+    layers.Conv3d.forward = nn.Conv3d.forward
+
+
+def measure(settings, config: str, stage: int, steps: int, plain: bool) -> dict:
     """One row of the table."""
-    keep_freed_memory()
+    if plain:
+        use_defaults_of_pytorch()
+    else:
+        keep_freed_memory()
     torch.manual_seed(0)
     device = choose_device(settings.device)
     step, network = trainer(settings, stage, device)
     convolutions, seconds, alone = Recorded(network), [], []
     bfloat16 = use_bfloat16(settings.precision, device)
-    with FlopCounterMode(display=False) as counter:
-        for number in range(steps):  # the same steps as below: with timesteps of their own, they differ in work
-            step(number)
+    step(0)
     convolutions.calls.clear()
     for number in range(steps):
         synchronise(device)
@@ -156,6 +164,9 @@ def measure(settings, config: str, stage: int, steps: int) -> dict:
         alone.append(convolutions.seconds(bfloat16))  # anew after every step, so that both see the same machine
     peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / PEAK)
+    with FlopCounterMode(display=False) as counter:  # last, because it keeps tensors alive
+        for number in range(steps):  # the same steps: with timesteps of their own, they differ in work
+            step(number)
     sizes = settings.image_sizes()
     return {"config": config, "stage": stage, "sizes": "/".join("x".join(map(str, size)) for size in sizes.values()),
             "batch_size": settings.batch_size, "precision": "bf16" if bfloat16 else "fp32",
@@ -198,6 +209,7 @@ def run() -> None:
     parser.add_argument("--sizes", nargs="+", default=[*SIZES], help=f"{OWN}, or one as 32x32x18/48x48x30")
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     parser.add_argument("--steps", type=int, default=2, help="timed steps; ten times as many of small()")
+    parser.add_argument("--plain", action="store_true", help="in PyTorch's default memory format, to compare with")
     parser.add_argument("--json", action="store_true")
     own, rest = parser.parse_known_args()
     rows = []
@@ -212,7 +224,7 @@ def run() -> None:
                 steps = own.steps * (10 if config == "small" else 1)
                 name = config if settings.image_sizes() == preset.image_sizes() else f"{config} at another size"
                 print(f"{config}, stage {stage}, {size} ...", file=sys.stderr, flush=True)
-                rows.append({**case((settings, name, stage, steps)), "family": config})
+                rows.append({**case((settings, name, stage, steps, own.plain)), "family": config})
     add_exponents(rows)
     print(json.dumps(rows, indent=1) if own.json else table(rows))
 
