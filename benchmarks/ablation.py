@@ -37,7 +37,8 @@ from utils.optimise import Optimiser, use_bfloat16
 
 JOINT = 12  # joint samples of each run
 FACTORS = {"default": {}, "timesteps shared": {"timestep_coupling": "shared"}, "epsilon": {"prediction": "epsilon"},
-           "fusion late": {"fusion": "late"}, "loss L1": {"loss": "l1"}, "pattern weight 0": {"pattern_weight": 0.0}}
+           "fusion late": {"fusion": "late"}, "loss L1": {"loss": "l1"}, "pattern weight 0": {"pattern_weight": 0.0},
+           "published topology": {"fusion": "late", "res_blocks": 2, "output_blocks": 1, "patch_size": 1}}
 RUN_COLUMNS = ("variant", "seed", "steps", "x0_error", "joint", "mean_shift", "std_ratio", "spread_ratio", "nearest",
                "nearest_real")
 SUBJECT_COLUMNS = ("variant", "seed", "subject", "direction", "psnr_single", "ssim_single", "psnr_of_8", "ssim_of_8",
@@ -154,21 +155,20 @@ def pattern_effect(subjects: list[dict]) -> list[str]:
     return lines
 
 
-def ablate(settings, seconds: float, seeds: int, out: Path) -> None:
+def ablate(settings, seconds: float, seeds: int, out: Path, names: list[str]) -> None:
     settings.validate()
     study, device = main.read_study(settings), main.choose_device(settings.device)
     out.mkdir(parents=True, exist_ok=True)
     variants = {}
-    for name, change in FACTORS.items():
+    for name in names:
         variants[name] = copy.deepcopy(settings)
-        for key, value in change.items():
+        for key, value in FACTORS[name].items():
             setattr(variants[name], key, value)
     plan = out / "steps.json"  # timed once, so that a continued ablation gives all seeds the same
-    if not plan.exists():
-        plan.write_text(json.dumps({
-            name: max(1, round(seconds / min(Trial(each, study, 6, device).train() for _ in range(2))))
-            for name, each in variants.items()}))
-    steps = json.loads(plan.read_text())
+    steps = json.loads(plan.read_text()) if plan.exists() else {}
+    for name in [each for each in names if each not in steps]:
+        steps[name] = max(1, round(seconds / min(Trial(variants[name], study, 6, device).train() for _ in range(2))))
+    plan.write_text(json.dumps(steps))
     results = {"runs.csv": ("variant", "seed", "joint"), "subjects.csv": ("variant", "seed", "subject", "direction")}
     for seed in range(seeds):
         for name, each in variants.items():
@@ -188,5 +188,6 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=75, help="of training per variant and seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/ablation"))
+    parser.add_argument("--variants", nargs="+", choices=list(FACTORS), default=list(FACTORS))
     own, rest = parser.parse_known_args()
-    ablate(parse_arguments(opt, PRESETS, rest, "settings of the runs"), own.seconds, own.seeds, own.out)
+    ablate(parse_arguments(opt, PRESETS, rest, "settings of the runs"), own.seconds, own.seeds, own.out, own.variants)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import json
 
 import numpy as np
 import pytest
 import torch
 
 import main
-from benchmarks import ablation, group_difference, loader_cost, refine_ablation, sampling, stage1_quality
+from benchmarks import ablation, group_difference, loader_cost, ranks, refine_ablation, sampling, stage1_quality, step
+from models import layers
 from models.backbone import Backbone
 from opt import PRESETS, opt
 from tests.conftest import arguments
@@ -64,7 +67,7 @@ def test_scores_of_a_perfect_model(settings):
 def test_ablation(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "FACTORS", {"default": {}, "pattern weight 0": {"pattern_weight": 0.0}})
     monkeypatch.setattr(ablation, "JOINT", 3)
-    ablation.ablate(settings, 0.05, 2, tmp_path / "out")
+    ablation.ablate(settings, 0.05, 2, tmp_path / "out", list(ablation.FACTORS))
     with open(tmp_path / "out/runs.csv", newline="") as file:
         runs = list(csv.DictReader(file))
     assert {(row["variant"], row["seed"]) for row in runs} == {(v, s) for v in ablation.FACTORS for s in "01"}
@@ -72,7 +75,7 @@ def test_ablation(settings, tmp_path, monkeypatch):
     table = (tmp_path / "out/table.md").read_text()
     assert "default against pattern weight 0, inside the networks" in table and table.count("\n| ") == 2
     before = (tmp_path / "out/runs.csv").read_text()
-    ablation.ablate(settings, 0.05, 2, tmp_path / "out")  # finished runs are not repeated
+    ablation.ablate(settings, 0.05, 2, tmp_path / "out", list(ablation.FACTORS))  # finished runs are not repeated
     assert (tmp_path / "out/runs.csv").read_text() == before
 
 
@@ -144,3 +147,35 @@ def test_ablation_of_stage_2(settings, tmp_path, monkeypatch):
     before = (tmp_path / "out/subjects.csv").read_text()
     refine_ablation.ablate(settings, 1.0, 0.3, 1, tmp_path / "out")  # finished runs are not repeated
     assert (tmp_path / "out/subjects.csv").read_text() == before
+
+
+def test_cost_of_a_step(settings):
+    """Rows of both stages, in this process: what they hold, and that the parts are parts."""
+    rows = [{**step.measure(settings, "tiny", stage, 2, plain=False), "family": "tiny"} for stage in (1, 2)]
+    larger = copy.deepcopy(settings)
+    larger.image_size = 24
+    rows.append({**step.measure(larger, "tiny", 1, 1, plain=False), "family": "tiny"})
+    step.add_exponents(rows)
+    for row in rows:
+        assert row["seconds_per_step"] > 0 and row["tflop"] > 0 and row["peak_gib"] > 0.1
+        assert 0.05 < row["fraction_of_conv"] < 1.5
+    assert rows[1]["exponent"] is None and np.isfinite(rows[0]["exponent"])
+    assert rows[2]["tflop"] > 2 * rows[0]["tflop"]  # 27,648 voxels against 5,524
+    assert json.loads(json.dumps(rows)) == rows
+    assert "| tiny | 1 | 12x13x11/16x17x14 | 2 | fp32 |" in step.table(rows)
+
+
+def test_plain_is_the_same_network(settings, monkeypatch):
+    """What is compared with does the same arithmetic."""
+    monkeypatch.setattr(layers, "layout", layers.layout)
+    monkeypatch.setattr(layers.Conv3d, "forward", layers.Conv3d.forward)
+    ours, plain = (step.measure(settings, "tiny", 1, 1, plain=each)["tflop"] for each in (False, True))
+    assert plain == pytest.approx(ours, rel=0.1)
+
+
+def test_throughput_of_ranks(study_csv, tmp_path):
+    words = arguments(study_csv, tmp_path, "--image_size", "12")
+    one, two = (ranks.run(count, 1, 4, 1, words) for count in (1, 2))
+    assert one["ranks"] == 1 and two["ranks"] == 2
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert len(one["seconds"]) == 1 and one["megabytes"] > 0

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers import Attention, from_patches, timestep_embedding, to_patches
+from estimate import Memory
+from models.layers import Attention, Conv3d, ResBlock, from_patches, layout, timestep_embedding, to_patches
 from models.losses import blend_weights, microstructure_loss, pattern_aware_loss, structure_loss, tissue_loss, x0_error
 from models.refine import RefineNet
 from models.unet import DualModalUNet
@@ -235,3 +236,57 @@ def test_precision():
     cpu = torch.device("cpu")
     assert use_bfloat16("bf16", cpu) and not use_bfloat16("fp32", cpu)
     assert isinstance(use_bfloat16("auto", cpu), bool)
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("size", [(24, 9, 8), (25, 9, 8), (4, 5, 6)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_convolutions_are_pytorchs(kernel, stride, size, batch):
+    """However a single volume goes in, outputs, gradients and layout are as they are with nn.Conv3d."""
+    torch.manual_seed(0)
+    ours = Conv3d(4, 8, kernel, stride=stride, padding=kernel // 2)
+    x = torch.randn(batch, 4, *size).contiguous(memory_format=layout(size)).requires_grad_()
+    y = ours(x)
+    expected = nn.functional.conv3d(x, ours.weight, ours.bias, stride, kernel // 2)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    direction = torch.randn_like(expected)
+    for mine, theirs in zip(torch.autograd.grad(y, [x, ours.weight, ours.bias], direction),
+                            torch.autograd.grad(expected, [x, ours.weight, ours.bias], direction)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_features_stay_in_the_layout_of_their_grid():
+    """A layer that falls back to another layout makes all that follow copy."""
+    net = DualModalUNet({"a": (16, 16, 12), "b": (18, 14, 12)}, **{**NETWORK, "patch": 1})
+    seen = []
+    for block in net.modules():
+        if isinstance(block, ResBlock):
+            block.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    x = {name: torch.randn(1, 1, *size) for name, size in (("a", (16, 16, 12)), ("b", (18, 14, 12)))}
+    net(x, {name: torch.tensor([3]) for name in x})
+    fine = [each for pair in seen for each in pair if layout(each.shape[2:]) == torch.channels_last_3d]
+    assert len(fine) > 10 and len(fine) < 2 * len(seen)
+    assert all(each.is_contiguous(memory_format=torch.channels_last_3d) for each in fine)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_gradient_checkpointing_keeps_the_gradient_and_less_memory(refine):
+    torch.manual_seed(0)
+    net = (RefineNet if refine else DualModalUNet)(SIZES, **{**NETWORK, "dropout": 0.2})
+    for parameter in net.parameters():  # nothing is at its starting zero
+        nn.init.normal_(parameter, std=0.1)
+    x = {name: torch.randn(1, 1, *size) for name, size in SIZES.items()}
+    found, kept = [], []
+    for recompute in (False, True):
+        net.recompute(recompute)
+        torch.manual_seed(1)  # the same features are dropped
+        with Memory() as memory:
+            made = net("a", "b", x["a"], x["b"]) if refine else net(x, dict.fromkeys(x, torch.tensor([3])), {"b"})["b"]
+        kept.append(memory.now)
+        made.square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+        net.zero_grad()
+    assert len(found[0]) > 20 and found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+    assert kept[1] < 0.6 * kept[0]

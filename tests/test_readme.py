@@ -12,14 +12,17 @@ from tests.conftest import ROOT
 from utils.metrics import COLUMNS
 
 README = (ROOT / "README.md").read_text()
+# options of torchrun and sbatch
+LAUNCHERS = {"nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "nodes", "ntasks-per-node",
+             "gpus-per-node", "signal"}
 SETTINGS = {each.name for each in dataclasses.fields(Options)}
 
 
 def test_settings_and_options_exist():
-    named = set(re.findall(r"\bopt\.([a-z_]+)", README)) | set(re.findall(r"--([a-z_0-9]+)", README))
-    own = {word for name in ("ablation", "refine_ablation")
+    named = set(re.findall(r"\bopt\.([a-z_]+)", README)) | set(re.findall(r"--([a-z_0-9-]+)", README))
+    own = {word for name in ("ablation", "refine_ablation", "step", "ranks")
            for word in re.findall(r'"--([a-z0-9]+)"', (ROOT / f"benchmarks/{name}.py").read_text())}
-    assert named - {"py", "preset", "help", "cov"} - own <= SETTINGS
+    assert named - {"py", "preset", "help", "cov"} - own - LAUNCHERS <= SETTINGS
     words = set(re.findall(r"\w+", README))
     assert {"image_size", "learning_rate", "timesteps", "unet_depth", "base_channels"} <= words
 

@@ -1,0 +1,103 @@
+"""What training is expected to need, against what it needs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import estimate
+import main
+from estimate import Memory, expect, free_memory, remedies, step_cost
+from models.unet import DualModalUNet
+from opt import small
+from tests.conftest import SIZES, arguments
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settings():
+    """As few settings as make a network of several levels; attention apart, its FLOP are counted by hand."""
+    found = small()
+    found.image_size, found.base_channels, found.attention_tokens, found.batch_size = SIZES, 8, 0, 2
+    found.timestep_coupling = "shared"
+    return found
+
+
+def test_arithmetic_and_memory_are_those_of_a_real_step(settings):
+    network, batch = DualModalUNet(SIZES, **settings.network_arguments()), settings.batch_size
+    x, t = ({name: torch.randn(batch, 1, *size) for name, size in SIZES.items()},
+            {name: torch.ones(batch) for name in SIZES})
+
+    def step() -> None:
+        for target in SIZES:
+            network(x, t, {target})[target].square().mean().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    network.zero_grad()
+    with Memory() as memory:
+        step()
+    cost = step_cost(settings, SIZES, False)
+    parameters = sum(p.numel() for p in network.parameters())
+    assert cost.parameters == parameters
+    assert cost.flop == pytest.approx(counter.get_total_flops(), rel=0.01)
+    features = memory.peak - 4 * parameters
+    assert cost.memory - estimate.PROGRAM == pytest.approx(20 * parameters + estimate.KEPT_FREE * features, rel=0.05)
+
+
+def test_what_lowers_memory_and_what_costs_time(settings):
+    settings.image_size, settings.base_channels, settings.batch_size = 32, 16, 8
+    sizes = settings.image_sizes()
+    usual = step_cost(settings, sizes, False)
+    assert step_cost(settings, sizes, True).memory < usual.memory  # bfloat16
+    settings.accumulate = 8
+    parts = step_cost(settings, sizes, False)
+    assert parts.memory < usual.memory and parts.flop == pytest.approx(usual.flop)
+    settings.accumulate, settings.gradient_checkpointing = 1, True
+    again = step_cost(settings, sizes, False)
+    assert again.memory < usual.memory and 1.1 * usual.flop < again.flop < 1.4 * usual.flop
+
+
+def test_attention_is_counted(settings):
+    without = step_cost(settings, SIZES, False).flop
+    settings.attention_tokens = 10_000
+    settings.unet_depth = 2
+    with_attention = step_cost(settings, SIZES, False).flop
+    settings.attention_tokens = 0
+    difference = with_attention - step_cost(settings, SIZES, False).flop
+    tokens = [math.prod((-(-n // settings.patch_size) + 1) // 2 for n in size) for size in SIZES.values()]
+    products = sum(14 * settings.batch_size * n**2 * 16 for n in tokens)
+    projections = sum(3 * 2 * settings.batch_size * n * 4 * 16**2 for n in tokens)
+    assert without > 0 and difference == pytest.approx(products + projections, rel=0.05)
+
+
+def test_time_grows_with_the_number_of_steps(settings):
+    ten, hundred = (expect(settings, SIZES, steps, 5, CPU, False) for steps in (10, 100))
+    assert ten.step > 0 and ten.whole == pytest.approx(10 * ten.step)
+    assert hundred.whole == pytest.approx(100 * hundred.step) and "a step" in str(ten)
+
+
+def test_free_memory_is_some():
+    found = free_memory(CPU)
+    assert found is None or 0 < found[0] <= found[1]
+
+
+def test_remedies_are_those_that_are_left(settings):
+    assert remedies(settings)[:2] == ["opt.accumulate = 2", "opt.gradient_checkpointing = True"]
+    settings.accumulate, settings.gradient_checkpointing, settings.batch_size = 2, True, 1
+    assert not any("accumulate" in each or "checkpointing" in each or "batch" in each for each in remedies(settings))
+
+
+def test_a_run_that_will_not_fit_is_refused_before_it_starts(study_csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "free_memory", lambda device: (2**20, 2**21))
+    assert main.main(arguments(study_csv, tmp_path, "--max_steps", "1")) == 2
+    told = capsys.readouterr().err
+    assert "will need about" in told and "opt.gradient_checkpointing = True" in told
+    assert not list((tmp_path / "checkpoints").iterdir())
+    monkeypatch.setattr(estimate, "free_memory", lambda device: (2**20, 2**40))
+    assert main.main(arguments(study_csv, tmp_path, "--max_steps", "1")) == 0
+    assert "note: training will need about" in capsys.readouterr().out
