@@ -164,7 +164,8 @@ def expect(opt, sizes: dict[str, tuple[int, ...]], steps: int, steps_per_epoch: 
     cost = step_cost(opt, sizes, bfloat16)
     memory = cost.memory * (1 if device.type == "cuda" else ranks_here())
     grid = tuple(-(-n // opt.patch_size) for n in max(sizes.values(), key=math.prod))
-    seconds = cost.flop / convolution_rate(opt.base_channels, grid, 1, device, bfloat16) / CONVOLUTIONS
+    pairs = math.ceil(opt.batch_size / world() / opt.accumulate)
+    seconds = cost.flop / convolution_rate(opt.base_channels, grid, pairs, device, bfloat16) / CONVOLUTIONS
     return Expected(memory, free_memory(device), cost.parameters, seconds, seconds * steps_per_epoch, seconds * steps)
 
 
