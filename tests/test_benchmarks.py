@@ -175,7 +175,7 @@ def test_plain_is_the_same_network(settings, monkeypatch):
 
 def test_throughput_of_ranks(study_csv, tmp_path):
     words = arguments(study_csv, tmp_path, "--image_size", "12")
-    one, two = (ranks.run(count, 1, 4, 1, words) for count in (1, 2))
+    one, two = (ranks.run(count, 2, 4, 1, words) for count in (1, 2))  # stage 2, with Muon
     assert one["ranks"] == 1 and two["ranks"] == 2
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
     assert len(one["seconds"]) == 1 and one["megabytes"] > 0
