@@ -30,9 +30,10 @@ CONVOLUTIONS = 0.7  # about this part of a step is spent in the network's convol
 
 @dataclass
 class Cost:
-    """Of one rank's share of a training step: bytes at its peak, FLOP, and the network's number of parameters."""
+    """Of one rank's share of a step: bytes at its peak, as expected and of the tensors alone; FLOP; parameters."""
 
     memory: float
+    least: float
     flop: float
     parameters: int
 
@@ -100,13 +101,16 @@ def step_cost(opt, sizes: dict[str, tuple[int, ...]], bfloat16: bool) -> Cost:
             flop = (counter.get_total_flops() + attention.flop) * mine / together
             with Memory() as memory:  # apart: what counts keeps tensors alive
                 walk()
+    flop *= math.ceil(2 * opt.batch_size / world()) / (2 * mine)  # what is dealt are single directions
     if not opt.refine and opt.timestep_coupling == "independent":
         flop *= 1 - GIVEN / 2  # what is given is not computed
     parameters = sum(p.numel() for p in network.parameters())
     # weights, EMA, and two averages of Adam's; the backbone, and its checkpoint
     kept, gradients = 4 * parameters * (4 + (2 if opt.refine else 0)), 4 * parameters
-    features = KEPT_FREE * (memory.peak - gradients) / (2 if bfloat16 else 1)
-    return Cost(features + gradients + kept + PROGRAM, flop, parameters)
+    features = memory.peak - gradients
+    least = features / (2 if bfloat16 else 1) + gradients + kept
+    expected = KEPT_FREE * features * (0.7 if bfloat16 else 1) + gradients + kept + PROGRAM  # norms stay float32
+    return Cost(expected, least, flop, parameters)
 
 
 def convolution_rate(channels: int, size: tuple[int, ...], pairs: int, device: torch.device, bfloat16: bool) -> float:
@@ -140,12 +144,14 @@ def free_memory(device: torch.device) -> tuple[float, float] | None:
 
 @dataclass
 class Expected:
-    """What training is expected to need: bytes of all ranks on this device, (free, all) of those; seconds.
+    """What training is expected to need: bytes of all ranks on this device, those of tensors alone, (free, all) of the
+    device; seconds, which are not taken (0) where it cannot fit.
 
     whole and epoch: without validation and pictures.
     """
 
     memory: float
+    least: float
     free: tuple[float, float] | None
     parameters: int
     step: float
@@ -162,17 +168,21 @@ def expect(opt, sizes: dict[str, tuple[int, ...]], steps: int, steps_per_epoch: 
            bfloat16: bool) -> Expected:
     """Memory and time of training `steps` steps, from the arithmetic of a step and how fast this device is now."""
     cost = step_cost(opt, sizes, bfloat16)
-    memory = cost.memory * (1 if device.type == "cuda" else ranks_here())
+    ranks, free = 1 if device.type == "cuda" else ranks_here(), free_memory(device)
+    fits = not free or cost.least * ranks <= free[1]
     grid = tuple(-(-n // opt.patch_size) for n in max(sizes.values(), key=math.prod))
     pairs = math.ceil(opt.batch_size / world() / opt.accumulate)
-    seconds = cost.flop / convolution_rate(opt.base_channels, grid, pairs, device, bfloat16) / CONVOLUTIONS
-    return Expected(memory, free_memory(device), cost.parameters, seconds, seconds * steps_per_epoch, seconds * steps)
+    rate = convolution_rate(opt.base_channels, grid, pairs, device, bfloat16) if fits else math.inf
+    seconds = cost.flop / rate / CONVOLUTIONS
+    return Expected(cost.memory * ranks, cost.least * ranks, free, cost.parameters, seconds, seconds * steps_per_epoch,
+                    seconds * steps)
 
 
 def remedies(opt) -> list[str]:
     """Settings that lower the memory of a step, those first that leave the result as it is."""
     share = math.ceil(opt.batch_size / world())
-    return [*([f"opt.accumulate = {share}"] if opt.accumulate < share else []),
+    return [*(["fewer ranks on this machine"] if ranks_here() > 1 else []),
+            *([f"opt.accumulate = {share}"] if opt.accumulate < share else []),
             *(["opt.gradient_checkpointing = True"] if not opt.gradient_checkpointing else []),
             *(["opt.patch_size = 2"] if opt.patch_size < 2 else []),
             "fewer opt.base_channels", "a smaller opt.image_size (with opt.resize)",

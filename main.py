@@ -3,9 +3,11 @@
     python main.py                                                              stage 1
     python main.py --refine --resume_path ./checkpoints/best_model.pth          stage 2
     python main.py --check                                                      read the study, report all problems
+    torchrun --nproc-per-node 4 main.py                                         either stage, on four devices
 
 Exit status: 0 finished, or checked and ready; 2 refused, or checked and not ready, with a message that says what to
 change; 3 stopped early: the same command continues.
+torchrun ends with 0 or a status of its own.
 """
 
 from __future__ import annotations
@@ -115,6 +117,10 @@ def describe(opt, study: Study, device: torch.device) -> None:
     bfloat16, members = use_bfloat16(opt.precision, device), study.roles["train"]
     steps = train.total_steps(opt, opt.refine_epochs if opt.refine else opt.epochs, len(members))
     expected = expect(opt, study.sizes, steps, math.ceil(len(members) / opt.batch_size), device, bfloat16)
+    told = (f"training will need about {gib(expected.memory)} of memory, and {gib(expected.free[0])} of "
+            f"{gib(expected.free[1])} are free. What lowers it: {', '.join(remedies(opt))}") if expected.free else ""
+    if told and expected.least > expected.free[1]:
+        raise OptionError(f"this cannot fit: {told}")
     precision = "bfloat16" if bfloat16 else "float32"
     subjects = {role: len({study.pairs[i].person for i in members}) for role, members in study.roles.items()}
     default = small().as_dict()
@@ -127,12 +133,8 @@ def describe(opt, study: Study, device: torch.device) -> None:
           f"network     {expected.parameters / 1e6:.1f} million parameters\n"
           f"expected    {expected}\n"
           f"changed     {', '.join(differs) or 'nothing, all settings are the defaults'}", flush=True)
-    if expected.free and expected.memory > expected.free[0]:
-        told = (f"training will need about {gib(expected.memory)} of memory, and {gib(expected.free[0])} of "
-                f"{gib(expected.free[1])} are free. What lowers it: {', '.join(remedies(opt))}")
-        if expected.memory > expected.free[1]:
-            raise OptionError(told)
-        print(f"note: {told}")
+    if told and expected.memory > expected.free[0]:
+        print(f"note: {told}", flush=True)
 
 
 def choose_device(name: str) -> torch.device:
@@ -145,7 +147,7 @@ def choose_device(name: str) -> torch.device:
     elif launched() and name != "cpu":
         raise OptionError(f'opt.device = {name!r}: with torchrun it must be "auto" (one GPU for each rank) or "cpu"')
     try:
-        device = torch.device(name)
+        device = torch.device(f"{name}:0" if name == "cuda" else name)
     except RuntimeError:
         raise OptionError(f"opt.device = {name!r}: is no device; choose auto, cpu or cuda[:N]") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -214,6 +216,9 @@ def main(argv: list[str]) -> int:
         let_the_first_speak()
         print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
         return REFUSED
+    except Exception:
+        let_the_first_speak()
+        raise
     except KeyboardInterrupt:
         print("\nInterrupted; the same command continues from the last checkpoint.", file=sys.stderr)
         return STOPPED

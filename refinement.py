@@ -21,11 +21,17 @@ from models.diffusion import Purpose, keyed_generator
 from models.perceptual import PerceptualLoss
 from models.refine import RefineNet
 from models.samplers import spacing
-from utils.distributed import share, wait, world, writes
+from utils.distributed import any_rank, share, wait, world, writes
 from utils.figures import Panel, save_grid
 from utils.metrics import psnr, score
 
 COARSE_BATCH = 8  # samples drawn at once
+
+
+def dealt(jobs: list) -> list:
+    """This rank's share, once all ranks have listed what is missing: before, none makes any of it."""
+    wait()
+    return share(jobs)
 
 
 class Refinement:
@@ -44,9 +50,8 @@ class Refinement:
         folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
         self.samples = CoarseVolumes(folder, [pair.name for pair in study.pairs], study.sizes, opt.coarse_samples)
         if opt.coarse != "none":
-            self._prepare(share, stop)
-            if world() > 1:
-                wait()
+            self._prepare(dealt, stop)
+            if world() > 1 and not any_rank(stop):
                 self._prepare(list, stop)  # finds what other ranks made, and makes it where their disk is another
 
     def _prepare(self, mine: Callable[[list], list], stop: object) -> None:

@@ -30,7 +30,7 @@ from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, t
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
 from utils.checkpoint import Checkpoint, CheckpointError, read_checkpoint, refuse_another_run
-from utils.distributed import parallel, rank, same_everywhere, share, summed, to_device, writes
+from utils.distributed import parallel, rank, same_everywhere, share, summed, to_device, wait, writes
 from utils.ema import EMA
 from utils.figures import Panel, save_grid
 from utils.logger import Log
@@ -259,7 +259,8 @@ def train(opt, study: Study, device: torch.device) -> bool:
                     run.save(last)
     if run.step < total:
         run.save(last)
-        print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.")
+        print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.", flush=True)
+        wait()  # torchrun ends all ranks with the first that leaves: not while one is writing
         return False
     print(f"Stage 1 is finished: best x0 error {run.best:.4f}. Pictures: {folder}. Model: {best}\n"
           f"Next: python main.py --refine --resume_path {best}")
@@ -282,7 +283,7 @@ def continue_run(run: Checkpoint, last: Path, best: Path, asked: Path | None, fr
         run.load(found[newest])
         run.best = run.best if best.exists() else worst
         print(f"Continuing {newest} after step {run.step}.")
-    if not same_everywhere(run.step):
-        raise CheckpointError(f"{last}: the ranks do not all see the same checkpoints; set opt.checkpoint_dir to a "
-                              "folder that all machines share")
+    if not same_everywhere(run.step, run.facts):
+        raise CheckpointError(f"{last}: the ranks do not all see the same checkpoints, data or settings; all machines "
+                              "have to share the folder opt.checkpoint_dir, and hold the same opt.py and data")
     return bool(found)

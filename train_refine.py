@@ -28,7 +28,7 @@ from refinement import Refinement, coarse_on_new_subjects, report, write_samples
 from train import STAGE as STAGE_1
 from train import augmentation, continue_run, load_batch, model_facts, parts, total_steps
 from utils.checkpoint import Checkpoint, CheckpointError, Kept, content_hash, read_checkpoint, refuse_another_run
-from utils.distributed import any_rank, parallel, rank, share, summed, to_device, writes
+from utils.distributed import any_rank, first_on_each_machine, parallel, rank, share, summed, to_device, wait, writes
 from utils.ema import EMA
 from utils.logger import Log
 from utils.metrics import psnr, summary, write_metrics
@@ -186,7 +186,8 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
     members = study.roles["train"]
     steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.refine_epochs, len(members))
     facts = model_facts(opt, study)
-    perceptual = find_perceptual_loss(opt, device)
+    with first_on_each_machine():  # who may have to fetch a file
+        perceptual = find_perceptual_loss(opt, device)
     facts["fingerprints"] |= {"backbone": backbone_hash, VGG: f"{opt.perceptual_weight} {content_hash(perceptual)}"
                               if perceptual else ""}
     ema = EMA(network, opt.ema_decay)
@@ -238,7 +239,8 @@ def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
                     run.save(last)
     if run.step < total:
         run.save(last)
-        print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.")
+        print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.", flush=True)
+        wait()  # torchrun ends all ranks with the first that leaves: not while one is writing
         return False
     finish(run, best, ema.model, work, folder)
     return True

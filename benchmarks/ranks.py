@@ -22,12 +22,12 @@ import torch
 from benchmarks.step import trainer
 from opt import PRESETS, opt
 from utils.arguments import parse_arguments
-from utils.distributed import joined, rank, world
+from utils.distributed import cores, joined, rank, world
 
 
 def worker(stage: int, steps: int, pairs: int, words: list[str]) -> None:
     """One rank: binds itself to a core, trains, and (the first) prints its seconds per step and the losses."""
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]})
+    os.sched_setaffinity(0, {cores()[int(os.environ["LOCAL_RANK"]) % len(cores())]})  # Linux only
     torch.set_num_threads(1)
     settings = parse_arguments(opt, PRESETS, words, "settings of the trainer")
     settings.batch_size = pairs

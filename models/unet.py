@@ -53,7 +53,8 @@ class UNet(nn.Module):
                                              for first in [True] + [False] * (blocks - 1)))
             else:
                 self.middle = ResBlock(width, width, emb_channels, dropout)
-            for part in (self.down[-1], self.attend[-1], self.up[-1] if level < depth - 1 else self.middle):
+            rest = (self.up[-1], self.shrink[-1]) if level < depth - 1 else (self.middle,)
+            for part in (self.down[-1], self.attend[-1], *rest):
                 lay_out(part, size)
             size = tuple((n + 1) // 2 for n in size)
 

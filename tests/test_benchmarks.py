@@ -158,7 +158,7 @@ def test_cost_of_a_step(settings):
     step.add_exponents(rows)
     for row in rows:
         assert row["seconds_per_step"] > 0 and row["tflop"] > 0 and row["peak_gib"] > 0.1
-        assert 0.05 < row["fraction_of_conv"] < 1.5
+        assert np.isfinite(row["fraction_of_conv"]) and row["conv_seconds"] > 0
     assert rows[1]["exponent"] is None and np.isfinite(rows[0]["exponent"])
     assert rows[2]["tflop"] > 2 * rows[0]["tflop"]  # 27,648 voxels against 5,524
     assert json.loads(json.dumps(rows)) == rows

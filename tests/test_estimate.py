@@ -75,10 +75,15 @@ def test_attention_is_counted(settings):
     assert without > 0 and difference == pytest.approx(products + projections, rel=0.05)
 
 
-def test_time_grows_with_the_number_of_steps(settings):
-    ten, hundred = (expect(settings, SIZES, steps, 5, CPU, False) for steps in (10, 100))
-    assert ten.step > 0 and ten.whole == pytest.approx(10 * ten.step)
-    assert hundred.whole == pytest.approx(100 * hundred.step) and "a step" in str(ten)
+def test_time_is_arithmetic_over_speed(settings, monkeypatch):
+    monkeypatch.setattr(estimate, "convolution_rate", lambda *_: 1e9)
+    found = expect(settings, SIZES, 100, 5, CPU, False)
+    assert found.step == pytest.approx(step_cost(settings, SIZES, False).flop / 1e9 / estimate.CONVOLUTIONS)
+    assert found.epoch == pytest.approx(5 * found.step) and found.whole == pytest.approx(100 * found.step)
+
+
+def test_speed_is_measured():
+    assert 1e8 < estimate.convolution_rate(8, (12, 12, 12), 2, CPU, False) < 1e15
 
 
 def test_free_memory_is_some():
@@ -93,11 +98,13 @@ def test_remedies_are_those_that_are_left(settings):
 
 
 def test_a_run_that_will_not_fit_is_refused_before_it_starts(study_csv, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "free_memory", lambda device: (2**20, 2**21))
+    monkeypatch.setattr(estimate, "free_memory", lambda device: (2**18, 2**19))
+    monkeypatch.setattr(estimate, "convolution_rate", None)  # nothing is allocated before
     assert main.main(arguments(study_csv, tmp_path, "--max_steps", "1")) == 2
     told = capsys.readouterr().err
-    assert "will need about" in told and "opt.gradient_checkpointing = True" in told
+    assert "this cannot fit" in told and "will need about" in told and "opt.gradient_checkpointing = True" in told
     assert not list((tmp_path / "checkpoints").iterdir())
+    monkeypatch.undo()
     monkeypatch.setattr(estimate, "free_memory", lambda device: (2**20, 2**40))
     assert main.main(arguments(study_csv, tmp_path, "--max_steps", "1")) == 0
     assert "note: training will need about" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from models.layers import Attention, Conv3d, ResBlock, from_patches, layout, tim
 from models.losses import blend_weights, microstructure_loss, pattern_aware_loss, structure_loss, tissue_loss, x0_error
 from models.refine import RefineNet
 from models.unet import DualModalUNet
+from utils.checkpoint import CheckpointError
 from utils.ema import EMA
 from utils.metrics import score
 from utils.optimise import MUON_RATE, Optimiser, StopRequest, TrainingError, use_bfloat16
@@ -218,6 +219,37 @@ def test_muon_makes_hidden_updates_orthogonal():
     singular = torch.linalg.svdvals(hidden.flatten(1)) / (1e-3 * MUON_RATE)
     assert singular.min() > 0.5 and singular.max() < 1.5
     assert stem.abs().max() <= 1.01e-3  # Adam's first step is the rate, whatever the gradient
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_what_an_optimiser_keeps_survives_a_file_in_every_layout(kind, tmp_path):
+    """Two steps, a file, a third step equal three steps; the state of an earlier version is refused."""
+    x = {name: torch.randn(1, 1, *size) for name, size in SIZES.items()}
+    t = {name: torch.tensor([5]) for name in SIZES}
+
+    def trained(net: DualModalUNet, steps: Optimiser, numbers: range) -> dict[str, torch.Tensor]:
+        for number in numbers:
+            steps.update(net, [lambda: sum((each - 1).square().mean() for each in net(x, t).values())], number, [])
+        return net.state_dict()
+
+    nets, optimisers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(DualModalUNet(SIZES, **NETWORK))
+        optimisers.append(Optimiser(nets[-1], 1e-2, 1, 10, 1.0, kind))
+    expected = trained(nets[0], optimisers[0], range(3))
+    torch.save({"model": trained(nets[1], optimisers[1], range(2)), "optimiser": optimisers[1].state_dict()},
+               tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    fresh = DualModalUNet(SIZES, **NETWORK)
+    steps = Optimiser(fresh, 1e-2, 1, 10, 1.0, kind)
+    fresh.load_state_dict(state["model"])
+    steps.load_state_dict(state["optimiser"])
+    for name, value in trained(fresh, steps, range(2, 3)).items():
+        assert torch.equal(value, expected[name]), name
+    del state["optimiser"]["order"]
+    with pytest.raises(CheckpointError, match="earlier version"):
+        steps.load_state_dict(state["optimiser"])
 
 
 def test_gradients_are_clipped():

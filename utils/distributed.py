@@ -1,16 +1,19 @@
 """How a process is set up, and how several of them, started by torchrun, train as one.
 
 Every rank computes its share of each step's pairs, with noise that is keyed by the pair's place in the whole batch, so
-that a run has the same loss curve on any number of ranks. The first rank alone writes files and speaks.
+that a run has the same loss curve on any number of ranks (but for what dropout drops). The first rank alone writes
+files and speaks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -47,6 +50,11 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
 
 
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -67,19 +75,19 @@ def joined(device: torch.device) -> Iterator[None]:
     keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # the sizes are always the same
+        torch.backends.cudnn.benchmark = True  # the sizes are few
     if not launched():
         yield
         return
+    if device.type == "cpu":  # torchrun would give each rank one thread
+        torch.set_num_threads(max(1, len(cores()) // ranks_here()))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as muted:
-            if not writes():
-                muted.enter_context(contextlib.redirect_stdout(nowhere))
-                muted.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
-    finally:
-        dist.destroy_process_group()
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as muted:
+        if not writes():
+            muted.enter_context(contextlib.redirect_stdout(nowhere))
+            muted.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()  # not after an error: the other ranks would only see that a connection broke
 
 
 def keep_freed_memory() -> None:
@@ -94,7 +102,7 @@ def keep_freed_memory() -> None:
 
 
 def let_the_first_speak() -> None:
-    """Before a refusal is printed: where the first rank has the same to say, torchrun ends this one meanwhile."""
+    """Before an error is shown: where the first rank ends, too, torchrun ends this one meanwhile."""
     if int(os.environ.get("RANK", "0")):
         time.sleep(GRACE)
         print(f"rank {os.environ['RANK']}:", file=sys.stderr)
@@ -120,9 +128,10 @@ def any_rank(flag: object) -> bool:
     return summed(float(bool(flag)))[0] > 0
 
 
-def same_everywhere(value: int) -> bool:
-    """Whether all ranks have the same number (below 2^53)."""
-    return not any_rank(summed(value)[0] != value * world())
+def same_everywhere(*values: object) -> bool:
+    """Whether all ranks have the same plain values."""
+    number = int(hashlib.sha256(repr(values).encode()).hexdigest()[:10], 16)  # sums of such are exact in float64
+    return not any_rank(summed(number)[0] != number * world())
 
 
 def wait() -> None:
@@ -147,8 +156,11 @@ def parallel(network: nn.Module, device: torch.device) -> nn.Module:
     """
     if world() == 1:
         return network
-    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                   find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name in newer versions
+        return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                       find_unused_parameters=True, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True)
 
 
 def unsynchronised(network: nn.Module) -> contextlib.AbstractContextManager:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint import CheckpointError
 from utils.distributed import any_rank, summed, unsynchronised, world
 
 BAD_STEPS_IN_A_ROW = 5
+ORDER = "memory"  # of what an optimiser keeps for a weight: that of the weight in memory, which differs between layouts
 NOT_HIDDEN = {"stem", "target_stem", "head", "gain"}  # layers at the networks' ends
 MUON_RATE = 20.0  # times Adam's rate: Muon's update has length 1 for each row of a matrix, Adam's about 1 per weight
 
@@ -82,7 +84,7 @@ class Optimiser:
                 (loss * world()).backward()  # DistributedDataParallel takes the mean over the ranks
             total, part = total + loss.detach(), following
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
-        total, norm = torch.stack([total, norm]).tolist()  # the one place where a step waits for the device
+        total, norm = torch.stack([total, norm]).tolist()  # here the step waits for the device
         total = summed(total)[0]
         if math.isfinite(norm) and math.isfinite(total):
             self._step(self.rate(step))
@@ -105,9 +107,14 @@ class Optimiser:
             part.step()
 
     def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        return {"order": ORDER, **{name: part.state_dict() for name, part in self.parts.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises CheckpointError for a state in the order of an earlier version, which would be taken for this one's.
+        """
+        if state.get("order") != ORDER:
+            raise CheckpointError("the checkpoint is of an earlier version of PDS: it can still be refined, but not be "
+                                  "continued; set opt.checkpoint_dir and opt.result_dir to other folders")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
