@@ -136,7 +136,7 @@ def test_group_difference_of_a_run(grouped, tmp_path, capsys):
 def test_ablation_of_stage_2(settings, tmp_path, monkeypatch):
     names = ("default", "joint prior", "no stage 1")
     monkeypatch.setattr(refine_ablation, "VARIANTS", {name: refine_ablation.VARIANTS[name] for name in names})
-    refine_ablation.ablate(settings, 1.0, 0.3, 1, tmp_path / "out")
+    refine_ablation.ablate(settings, 4.0, 0.1, 1, tmp_path / "out")
     with open(tmp_path / "out/subjects.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     by_variant = {row["variant"]: row for row in rows}
@@ -145,7 +145,7 @@ def test_ablation_of_stage_2(settings, tmp_path, monkeypatch):
     assert float(by_variant["joint prior"]["sampling"]) > 0
     assert (tmp_path / "out/table.md").read_text().count("\n| ") == 3
     before = (tmp_path / "out/subjects.csv").read_text()
-    refine_ablation.ablate(settings, 1.0, 0.3, 1, tmp_path / "out")  # finished runs are not repeated
+    refine_ablation.ablate(settings, 4.0, 0.1, 1, tmp_path / "out")  # finished runs are not repeated
     assert (tmp_path / "out/subjects.csv").read_text() == before
 
 
