@@ -230,8 +230,8 @@ def train(opt, study: Study, device: torch.device) -> bool:
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
     if writes():
         write_split(folder / "split.csv", study.pairs, study.roles)
-    if opt.pattern_weight and writes():
-        draw_pattern(study, folder / "pattern_mask.png")
+        if opt.pattern_weight:
+            draw_pattern(study, folder / "pattern_mask.png")
     run.save(last)
     with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
         for epoch in range(run.step // steps_per_epoch, opt.epochs):

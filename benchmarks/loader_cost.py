@@ -12,10 +12,10 @@ import sys
 import time
 
 import numpy as np
-import torch
 
 import main
 import train
+from benchmarks.step import synchronise
 from data.study import Study, epoch_batches
 from models.backbone import Backbone
 from models.diffusion import Diffusion
@@ -54,8 +54,7 @@ def measure(settings) -> dict[str, np.ndarray]:
             study = cached if name == "cache" else tensors
             start = time.perf_counter()
             train.train_step(backbone, ema, optimiser, settings, study, batch, step)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronise(device)
             seconds[name].append(time.perf_counter() - start)
         start = time.perf_counter()
         train.load_batch(cached, batch, train.augmentation(settings, cached, step, list(range(len(batch)))), device)

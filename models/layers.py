@@ -41,7 +41,7 @@ def resize_to(x: Tensor, size: torch.Size) -> Tensor:
     """Interpolate (B, C, X, Y, Z) to another grid over the same field of view; the same grid costs nothing."""
     if x.shape[2:] == size:
         return x
-    x = x.contiguous(memory_format=layout(size))  # on the coarser grid, where it costs least
+    x = x.contiguous(memory_format=layout(size))  # of the grid it goes to, which the result then has
     return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
 
 
