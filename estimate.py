@@ -79,7 +79,7 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def step_cost(opt, sizes: dict[str, tuple[int, ...]], bfloat16: bool) -> Cost:
+def step_cost(opt, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Cost:
     """Walk through one step, direction after direction as the trainers do, with tensors that have no content."""
     mine = math.ceil(opt.batch_size / world())  # of each direction
     together = math.ceil(mine / min(opt.accumulate, mine))
@@ -108,16 +108,17 @@ def step_cost(opt, sizes: dict[str, tuple[int, ...]], bfloat16: bool) -> Cost:
     # weights, EMA, and two averages of Adam's; the backbone, and its checkpoint
     kept, gradients = 4 * parameters * (4 + (2 if opt.refine else 0)), 4 * parameters
     features = memory.peak - gradients
-    least = features / (2 if bfloat16 else 1) + gradients + kept
-    expected = KEPT_FREE * features * (0.7 if bfloat16 else 1) + gradients + kept + PROGRAM  # norms stay float32
+    half = dtype != torch.float32
+    least = features / (2 if half else 1) + gradients + kept
+    expected = KEPT_FREE * features * (0.7 if half else 1) + gradients + kept + PROGRAM  # norms stay float32
     return Cost(expected, least, flop, parameters)
 
 
-def convolution_rate(channels: int, size: tuple[int, ...], pairs: int, device: torch.device, bfloat16: bool) -> float:
+def convolution_rate(channels: int, size: tuple[int, ...], pairs: int, device: torch.device,
+                     dtype: torch.dtype) -> float:
     """FLOP per second of a convolution of these channels on this grid, forward and backward, on this device now."""
-    kind = torch.bfloat16 if bfloat16 else torch.float32
-    layer = Conv3d(channels, channels, 3, padding=1).to(device, kind, memory_format=torch.channels_last_3d)
-    x = torch.randn(pairs, channels, *size).to(device, kind, memory_format=torch.channels_last_3d).requires_grad_()
+    layer = Conv3d(channels, channels, 3, padding=1).to(device, dtype, memory_format=torch.channels_last_3d)
+    x = torch.randn(pairs, channels, *size).to(device, dtype, memory_format=torch.channels_last_3d).requires_grad_()
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
         y = layer(x)
@@ -165,14 +166,14 @@ class Expected:
 
 
 def expect(opt, sizes: dict[str, tuple[int, ...]], steps: int, steps_per_epoch: int, device: torch.device,
-           bfloat16: bool) -> Expected:
+           dtype: torch.dtype) -> Expected:
     """Memory and time of training `steps` steps, from the arithmetic of a step and how fast this device is now."""
-    cost = step_cost(opt, sizes, bfloat16)
+    cost = step_cost(opt, sizes, dtype)
     ranks, free = 1 if device.type == "cuda" else ranks_here(), free_memory(device)
     fits = not free or cost.least * ranks <= free[1]
     grid = tuple(-(-n // opt.patch_size) for n in max(sizes.values(), key=math.prod))
     pairs = math.ceil(opt.batch_size / world() / opt.accumulate)
-    rate = convolution_rate(opt.base_channels, grid, pairs, device, bfloat16) if fits else math.inf
+    rate = convolution_rate(opt.base_channels, grid, pairs, device, dtype) if fits else math.inf
     seconds = cost.flop / rate / CONVOLUTIONS
     return Expected(cost.memory * ranks, cost.least * ranks, free, cost.parameters, seconds, seconds * steps_per_epoch,
                     seconds * steps)

@@ -16,6 +16,7 @@ import contextlib
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -39,26 +40,29 @@ from utils.arguments import parse_arguments
 from utils.checkpoint import CheckpointError, read_checkpoint
 from utils.distributed import (
     LaunchError,
+    ended_by_another_rank,
     first_on_each_machine,
     joined,
     launched,
-    let_the_first_speak,
     place_on_machine,
     world,
+    writes,
 )
+from utils.files import FileError, remove_strays, sole_writer
 from utils.logger import LogError
-from utils.optimise import TrainingError, use_bfloat16
+from utils.optimise import Interrupted, StopRequest, TrainingError, number_type
 
 FINISHED, REFUSED, STOPPED = 0, 2, 3
-REFUSALS = (OptionError, AtlasError, DataError, CheckpointError, LaunchError, LogError, TrainingError, WeightsError)
+REFUSALS = (OptionError, AtlasError, DataError, CheckpointError, FileError, LaunchError, LogError, TrainingError,
+            WeightsError)
 
 
-def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
+def find_study(opt, watch: Callable = iter) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
     """The pairs that opt describes, what is wrong with them, and how each modality is read."""
     root = Path(opt.data_root)
     if root == Path(small().data_root) and not (root / phantom.COMPLETE).exists():
         print(f"Writing the demo data set to {root} ...")
-        phantom.write_demo(root, lambda subjects: tqdm(subjects, unit="subject"))
+        phantom.write_demo(root, lambda subjects: watch(tqdm(subjects, unit="subject")))
     pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix)
     try:
         sizes = opt.image_sizes()
@@ -70,11 +74,12 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
                              for name in opt.modalities}
 
 
-def check(opt) -> bool:
+def check(opt, watch: Callable = iter) -> bool:
     """Read every volume and print (and write to check.csv) all problems at once; returns whether training can start."""
-    pairs, problems, readings = find_study(opt)
+    pairs, problems, readings = find_study(opt, watch)
     problems, summary = check_study(pairs, problems, readings, SMALLEST_AXIS,
-                                    lambda seen: tqdm(seen, desc="reading", unit="volume", total=2 * len(pairs)))
+                                    lambda seen: watch(tqdm(seen, desc="reading", unit="volume",
+                                                             total=2 * len(pairs))))
     if pairs:
         try:
             split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
@@ -89,13 +94,16 @@ def check(opt) -> bool:
     return not fatal
 
 
-def read_study(opt) -> Study:
-    """Find, check, decode and split the pairs that opt describes; says what was left out."""
-    pairs, problems, readings = find_study(opt)
+def read_study(opt, watch: Callable = iter) -> Study:
+    """Find, check, decode and split the pairs that opt describes; says what was left out.
+
+    watch: may raise Interrupted between two pairs; what has been decoded is kept.
+    """
+    pairs, problems, readings = find_study(opt, watch)
     notes = refuse(problems)
     roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
     study = Study(pairs, roles, readings, Path(opt.cache_dir),
-                  lambda each: tqdm(each, desc="reading volumes", unit="pair", disable=None))
+                  lambda each: watch(tqdm(each, desc="reading volumes", unit="pair", disable=None)))
     for note in [*notes, *study.problems]:
         print(f"note: {note}")
     with_pattern = study.set_pattern(tuple(opt.pattern_networks), opt.pattern_radius, opt.space, opt.pattern_file,
@@ -114,14 +122,14 @@ def read_study(opt) -> Study:
 
 def describe(opt, study: Study, device: torch.device) -> None:
     """Print what is about to run: device, data, sizes, parameters, and the settings that differ from the defaults."""
-    bfloat16, members = use_bfloat16(opt.precision, device), study.roles["train"]
+    dtype, members = number_type(opt.precision, device), study.roles["train"]
     steps = train.total_steps(opt, opt.refine_epochs if opt.refine else opt.epochs, len(members))
-    expected = expect(opt, study.sizes, steps, math.ceil(len(members) / opt.batch_size), device, bfloat16)
+    expected = expect(opt, study.sizes, steps, math.ceil(len(members) / opt.batch_size), device, dtype)
     told = (f"training will need about {gib(expected.memory)} of memory, and {gib(expected.free[0])} of "
             f"{gib(expected.free[1])} are free. What lowers it: {', '.join(remedies(opt))}") if expected.free else ""
     if told and expected.least > expected.free[1]:
         raise OptionError(f"this cannot fit: {told}")
-    precision = "bfloat16" if bfloat16 else "float32"
+    precision = str(dtype).removeprefix("torch.")
     subjects = {role: len({study.pairs[i].person for i in members}) for role, members in study.roles.items()}
     default = small().as_dict()
     differs = [f"{name} = {value!r}" for name, value in opt.as_dict().items() if value != default[name]]
@@ -156,15 +164,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def allow_many_files() -> None:
-    """Raise the limit of open files as far as the system lets us: every memory-mapped volume keeps one open."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource  # not on Windows
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def make_writable(*folders: str) -> None:
     """Create the output folders before any work. Raises OptionError where one cannot be written to."""
     for name in folders:
@@ -178,31 +177,35 @@ def make_writable(*folders: str) -> None:
                               "choose another opt.checkpoint_dir, opt.result_dir or opt.cache_dir") from error
 
 
-def run(settings) -> int:
+def run(settings, stop: StopRequest) -> int:
     """Validate, then check the study, or read and describe it and train the stage asked for; returns the exit status.
     """
     settings.validate()
     device = choose_device(settings.device)
     roi_centres(tuple(settings.pattern_networks))  # refuses unknown names before any data is read
-    allow_many_files()
     if settings.check:
         if launched():
             raise OptionError("opt.check = True: one process checks a study; start it as python main.py --check")
         make_writable(settings.result_dir)
-        return FINISHED if check(settings) else REFUSED
-    with joined(device):
+        return FINISHED if check(settings, stop.watch) else REFUSED
+    with joined(device), contextlib.ExitStack() as held:
         if 2 * settings.batch_size < world():
             raise OptionError(f"opt.batch_size = {settings.batch_size}: these are the pairs of a step of all {world()} "
                               "ranks together, each in two directions; set a larger one, or start fewer ranks")
         state = None
         if settings.refine:  # before any data is read
             state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))
-        make_writable(settings.checkpoint_dir, settings.result_dir, settings.cache_dir)
+        results = str(Path(settings.result_dir) / ("refine" if settings.refine else "stage1"))
+        make_writable(settings.checkpoint_dir, results, settings.cache_dir)
+        if writes():
+            held.enter_context(sole_writer(settings.checkpoint_dir, settings.result_dir))
         with first_on_each_machine():
-            study = read_study(settings)
+            for folder in (settings.checkpoint_dir, settings.result_dir, settings.cache_dir):
+                remove_strays(Path(folder))
+            study = read_study(settings, stop.watch)
         describe(settings, study, device)
-        finished = (train_refine.train_refine(settings, study, device, state) if settings.refine
-                    else train.train(settings, study, device))
+        finished = (train_refine.train_refine(settings, study, device, state, stop) if settings.refine
+                    else train.train(settings, study, device, stop))
     return FINISHED if finished else STOPPED
 
 
@@ -211,14 +214,23 @@ def main(argv: list[str]) -> int:
     nib.imageglobals.logger.setLevel("CRITICAL")  # what it would say of a header, data/volumes.py says with the file
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
-        return run(settings)
-    except REFUSALS as error:
-        let_the_first_speak()
-        print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
-        return REFUSED
-    except Exception:
-        let_the_first_speak()
-        raise
+        with StopRequest(settings.max_minutes) as stop:
+            try:
+                return run(settings, stop)
+            except Interrupted:
+                print(f"Stopped ({stop.reason}); the same command continues.", flush=True)
+                return STOPPED
+            except REFUSALS as error:
+                if not ended_by_another_rank(stop, refusal=True):
+                    print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
+                return REFUSED
+            except Exception:
+                if not ended_by_another_rank(stop):
+                    raise
+                if writes():
+                    print("\nPDS stopped, because another rank has ended; the same command continues from the last "
+                          "checkpoint.", file=sys.stderr)
+                return STOPPED
     except KeyboardInterrupt:
         print("\nInterrupted; the same command continues from the last checkpoint.", file=sys.stderr)
         return STOPPED

@@ -63,7 +63,7 @@ class Options:
     # where the volumes live: "mni", "native", or "auto" (MNI for the demo and for files named space-MNI...).
     # The brain networks of the pattern-aware loss are only known in MNI space
     space: Literal["auto", "mni", "native"] = "auto"
-    cache_dir: str = "./data/cache"  # decoded volumes, memory-mapped; can be deleted at any time
+    cache_dir: str = "./data/cache"  # decoded and coarse volumes; can be deleted between runs, and are then made again
     folds: int = 5  # subjects are divided into this many folds; 1 trains and reports on everything
     fold: int = 0  # the fold that is held out for testing, 0 .. folds - 1
     validation_fraction: float = 0.15  # part of the other folds' subjects that chooses the best checkpoint
@@ -126,8 +126,9 @@ class Options:
     warmup_steps: int = 50  # steps over which the learning rate rises
     ema_decay: float = 0.995  # moving average of the weights that is validated, sampled and kept as best
     gradient_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    # "auto": bfloat16 where the GPU or the processor (AMX) multiplies matrices in it, else float32
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # "auto": bfloat16 where the GPU or the processor (AMX) multiplies matrices in it, else float32. "fp16" (the loss is
+    # scaled) is for GPUs before Ampere
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     seed: int = 0  # of the split, the order of the data, the first weights, and every noise
 
@@ -147,7 +148,8 @@ class Options:
     checkpoint_every: int = 100  # steps between two writings of last_*.pth (also written at the end of each epoch)
     validate_every: int = 10  # epochs between two validations (also at the end of the run)
     num_samples: int = 2  # subjects shown in a sample grid
-    max_minutes: float = 0.0  # save and stop after this many minutes; the same command continues. 0: no limit
+    # save and stop this many minutes after the start, reading included; the same command continues. 0: no limit
+    max_minutes: float = 0.0
 
     def __post_init__(self) -> None:
         self.__dict__["edited"] = set()

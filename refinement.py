@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from models.diffusion import Purpose, keyed_generator
 from models.perceptual import PerceptualLoss
 from models.refine import RefineNet
 from models.samplers import spacing
-from utils.distributed import any_rank, share, wait, world, writes
+from utils.distributed import any_rank, share, wait, world
 from utils.figures import Panel, save_grid
 from utils.metrics import psnr, score
+from utils.optimise import Interrupted, StopRequest
 
 COARSE_BATCH = 8  # samples drawn at once
 
@@ -38,27 +39,27 @@ class Refinement:
     """What every part of stage 2 works with: settings, study, coarse and mean volumes, and where it computes."""
 
     def __init__(self, opt, study: Study, backbone: Backbone, backbone_hash: str,
-                 perceptual: PerceptualLoss | None = None, stop: object = None):
-        """Samples the coarse volumes that are missing, unless `stop` becomes true: then some may still be missing."""
+                 perceptual: PerceptualLoss | None = None, stop: StopRequest | None = None):
+        """Samples the coarse volumes that are missing, unless a stop is asked for: then some may still be missing."""
         self.opt, self.study, self.backbone, self.perceptual = opt, study, backbone, perceptual
-        self.device, self.bfloat16 = backbone.device, backbone.bfloat16
-        self.means = study.mean_volumes()
+        self.device, self.autocast = backbone.device, backbone.autocast
+        self.means, self.watch = study.mean_volumes(), iter if stop is None else stop.watch
         diffusion = backbone.diffusion
         sampler = (backbone_hash, diffusion.prediction, backbone.coupling, opt.coarse, opt.sampler,
-                   spacing(diffusion.timesteps, opt.sampling_steps, opt.sampler), opt.eta, opt.seed, self.bfloat16,
+                   spacing(diffusion.timesteps, opt.sampling_steps, opt.sampler), opt.eta, opt.seed, backbone.dtype,
                    study.fingerprint)
         folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
         self.samples = CoarseVolumes(folder, [pair.name for pair in study.pairs], study.sizes, opt.coarse_samples)
         if opt.coarse != "none":
-            self._prepare(dealt, stop)
+            self._prepare(dealt)
             if world() > 1 and not any_rank(stop):
-                self._prepare(list, stop)  # finds what other ranks made, and makes it where their disk is another
+                self._prepare(list)  # finds what other ranks made, and makes it where their disk is another
 
-    def _prepare(self, mine: Callable[[list], list], stop: object) -> None:
-        """Sample what is missing and `mine` selects, until `stop` becomes true."""
-        self.samples.prepare(self._sample, self.opt.coarse == "joint", COARSE_BATCH,
-                             lambda jobs: itertools.takewhile(lambda _: not stop, tqdm(
-                                 mine(jobs), desc="coarse volumes", unit="batch", disable=not jobs)))
+    def _prepare(self, mine: Callable[[list], list]) -> None:
+        """Sample what is missing and `mine` selects."""
+        with contextlib.suppress(Interrupted):  # the ranks meet afterwards
+            self.samples.prepare(self._sample, self.opt.coarse == "joint", COARSE_BATCH, lambda jobs: tqdm(
+                mine(jobs), desc="coarse volumes", unit="batch", disable=not jobs))
 
     def _sample(self, targets: tuple[str, ...], batch: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         """A sample of these targets, {target: (B, X, Y, Z)}, for each (pair, number of the sample)."""
@@ -66,7 +67,7 @@ class Refinement:
         given = {name: volume for name, volume in self.study.volumes(members).items()
                  if opt.coarse == "given" and name not in targets}
         made = self.backbone.sample([(opt.seed, Purpose.COARSE, i, k) for i, k in batch], self.study.sizes,
-                                    opt.sampling_steps, opt.sampler, opt.eta, given)
+                                    opt.sampling_steps, opt.sampler, opt.eta, given, progress=self.watch)
         return {name: made[name][:, 0].cpu().numpy() for name in targets}
 
     def coarse(self, target: str, members: list[int], chosen: list[list[int]] | None = None) -> torch.Tensor:
@@ -89,9 +90,6 @@ class Refinement:
         return torch.where(torch.tensor(withheld).view(-1, 1, 1, 1, 1), self.means[target],
                            self.coarse(target, members, chosen))
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-
     @torch.no_grad()
     def refined(self, network: RefineNet, source: str, target: str, positions: list[int]) -> torch.Tensor:
         """Refined volumes (B, 1, X, Y, Z) in [-1, 1], on the CPU, made one pair at a time."""
@@ -104,9 +102,12 @@ class Refinement:
 
 
 def report(network: RefineNet, work: Refinement) -> list[dict]:
-    """Rows of metrics.csv: every test pair, direction, volume (refined, coarse, mean, source) and region."""
+    """Rows of metrics.csv: every test pair, direction, volume (refined, coarse, mean, source) and region.
+
+    Raises Interrupted when a stop is asked for.
+    """
     study, rows = work.study, []
-    for i in study.roles["test"]:
+    for i in work.watch(study.roles["test"]):
         real, masks = study.volumes([i]), study.masks([i])
         for source, target in network.directions:
             truth = real[target][0, 0].numpy()
@@ -140,10 +141,8 @@ def coarse_on_new_subjects(work: Refinement) -> str:
 
 def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int) -> None:
     """A grid of source, coarse, refined, truth and absolute error for validation subjects; refined volumes as NIfTI."""
-    if not writes():
-        return
     study, rows = work.study, []
-    for i in study.roles["validation"][:work.opt.num_samples]:
+    for i in work.watch(study.roles["validation"][:work.opt.num_samples]):
         pair, real = study.pairs[i], study.volumes([i])
         for source, target in network.directions:
             coarse, refined = work.coarse(target, [i]), work.refined(network, source, target, [i])

@@ -8,11 +8,12 @@ Volumes are {modality: (B, 1, X, Y, Z)} in [-1, 1].
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,18 @@ from data.augment import PairTransform
 from data.grids import spacing_of
 from data.intensity import to_units
 from data.split import write_split
-from data.study import Study, epoch_batches
+from data.study import Study, steps_per_epoch, training_batch
 from data.volumes import write_volume
 from models.backbone import Backbone
 from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
-from utils.checkpoint import Checkpoint, CheckpointError, read_checkpoint, refuse_another_run
-from utils.distributed import parallel, rank, same_everywhere, share, summed, to_device, wait, writes
+from utils.checkpoint import Checkpoint
+from utils.distributed import parallel, rank, share, summed, to_device, wait, writes
 from utils.ema import EMA
 from utils.figures import Panel, save_grid
 from utils.logger import Log
-from utils.optimise import Optimiser, StopRequest, use_bfloat16
+from utils.optimise import Interrupted, Optimiser, StopRequest, number_type
 
 save_every = 100  # steps between two sample grids in results/
 
@@ -59,9 +60,14 @@ def model_facts(opt, study: Study) -> dict:
 
 
 def total_steps(opt, epochs: int, pairs: int) -> int:
-    """Optimiser steps of a whole run."""
+    """Steps of a whole run."""
     steps = epochs * math.ceil(pairs / opt.batch_size)
     return min(steps, opt.max_steps) if opt.max_steps else steps
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something that is done every so many steps, and at the end, is done after this many."""
+    return step % every == 0 or step == total
 
 
 def parts(opt, jobs: list[tuple[object, int]]) -> Iterator[tuple[object, list[int], float]]:
@@ -132,36 +138,35 @@ def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: S
                step: int) -> dict[str, float]:
     """One step of the optimiser on both directions; returns what is logged."""
     torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, step, rank()).initial_seed())
-    loss, norm = optimiser.update(backbone.network, diffusion_losses(backbone, opt, study, batch, step), step,
-                                  [study.pairs[i].name for i in batch])
-    ema.update(backbone.network)
-    return {"loss": loss, "gradient_norm": norm, "learning_rate": optimiser.rate(step)}
+    values = optimiser.update(backbone.network, diffusion_losses(backbone, opt, study, batch, step), step,
+                              [study.pairs[i].name for i in batch])
+    if values["learning_rate"]:  # else no step was taken
+        ema.update(backbone.network)
+    return values
 
 
 @torch.no_grad()
-def validate(backbone: Backbone, study: Study, seed: int, batch_size: int) -> float:
+def validate(backbone: Backbone, study: Study, seed: int, batch_size: int, watch: Callable = iter) -> float:
     """Unweighted mean absolute error in x0 on the validation subjects, with the same noise and timesteps every time.
 
-    Both modalities are noised to the same t, so that the number is comparable between all settings.
+    Both modalities are noised to the same t, so that the number is comparable between all settings. watch: may raise
+    Interrupted between two batches, which leaves the error of a part.
     """
     device, diffusion, errors = backbone.device, backbone.diffusion, []
     members = study.roles["validation"]
-    starts = range(0, len(members), batch_size)
-    for fraction, start in share(list(itertools.product(VALIDATION_TIMES, starts))):
-        batch = members[start:start + batch_size]
-        x0 = {name: to_device(volume, device) for name, volume in study.volumes(batch).items()}
-        noise = keyed_noise(study.sizes, *((seed, Purpose.VALIDATION, i, round(100 * fraction)) for i in batch))
-        time = max(1, round(fraction * diffusion.timesteps))
-        t = {name: torch.full((len(batch),), time, device=device) for name in x0}
-        xt = {name: diffusion.noisy(x0[name], to_device(noise[name], device), t[name]) for name in x0}
-        for name, output in backbone(xt, t).items():
-            errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
+    jobs = itertools.product(VALIDATION_TIMES, range(0, len(members), batch_size))
+    with contextlib.suppress(Interrupted):  # the ranks meet in the sum
+        for fraction, start in watch(share(list(jobs))):
+            batch = members[start:start + batch_size]
+            x0 = {name: to_device(volume, device) for name, volume in study.volumes(batch).items()}
+            noise = keyed_noise(study.sizes, *((seed, Purpose.VALIDATION, i, round(100 * fraction)) for i in batch))
+            time = max(1, round(fraction * diffusion.timesteps))
+            t = {name: torch.full((len(batch),), time, device=device) for name in x0}
+            xt = {name: diffusion.noisy(x0[name], to_device(noise[name], device), t[name]) for name in x0}
+            for name, output in backbone(xt, t).items():
+                errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
     total, count = summed(sum(errors), len(errors))
-    return total / count
-
-
-def sampling_progress(steps: list) -> tqdm:
-    return tqdm(steps, desc="sampling", leave=False, disable=None)
+    return total / max(1, count)
 
 
 def draw_pattern(study: Study, path: Path) -> None:
@@ -175,21 +180,23 @@ def draw_pattern(study: Study, path: Path) -> None:
     save_grid(path, "Red: where the loss weighs more", ["the slices with most of it"], rows)
 
 
-def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int) -> None:
+def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int, watch: Callable) -> None:
     """A grid of real, translated and jointly sampled volumes of validation subjects, and the sampled volumes as NIfTI.
 
-    The subjects and their noise are the same every time, so that two grids can be flipped between.
+    The subjects and their noise are the same every time, so that two grids can be flipped between. watch: may raise
+    Interrupted between two steps of the sampler.
     """
-    if not writes():
-        return
+    def progress(steps: list) -> Iterable:
+        return watch(tqdm(steps, desc="sampling", leave=False, disable=None))
+
     shown = study.roles["validation"][:opt.num_samples]
     real = study.volumes(shown)
     keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
     how = (study.sizes, opt.sampling_steps, opt.sampler, opt.eta)
-    made = {"joint": backbone.sample(keys, *how, progress=sampling_progress), "translated": {}}
+    made = {"joint": backbone.sample(keys, *how, progress=progress), "translated": {}}
     for source, target in backbone.network.directions:
         given = {source: real[source]}
-        made["translated"][target] = backbone.sample(keys, *how, given, progress=sampling_progress)[target]
+        made["translated"][target] = backbone.sample(keys, *how, given, progress=progress)[target]
     rows = []
     for place, i in enumerate(shown):
         for name in study.modalities:
@@ -204,86 +211,76 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
               ["real", "sampled, given the other modality", "sampled jointly, from noise alone"], rows)
 
 
-def train(opt, study: Study, device: torch.device) -> bool:
+def review(run: Checkpoint, smooth: Backbone, opt, study: Study, log: Log, total: int, stop: StopRequest) -> bool:
+    """What is due after a step: validation, which chooses the best, and pictures. False where a stop came first."""
+    per_epoch = steps_per_epoch(study.roles["train"], opt.batch_size)
+    epoch = math.ceil(run.step / per_epoch)
+    if due(run.step, per_epoch * opt.validate_every, total):
+        error = validate(smooth, study, opt.seed, opt.batch_size, stop.watch)
+        if stop.agreed():
+            return False
+        log.write("validation", run.step, epoch=epoch, x0_error=error)
+        tqdm.write(f"step {run.step:6d}  epoch {epoch:4d}  validation x0 error {error:.4f}")
+        if error < run.best_value:
+            run.best_value = error
+            run.save(run.best)
+    if due(run.step, save_every, total):
+        if writes():
+            with contextlib.suppress(Interrupted):  # the ranks meet below
+                write_samples(smooth, opt, study, log.path.parent, run.step, stop.watch)
+        return not stop.agreed()
+    return True
+
+
+def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
     """Train until the end or until asked to stop; returns whether the run is finished."""
     torch.manual_seed(opt.seed)
     network = DualModalUNet(study.sizes, **opt.network_arguments()).to(device)
     network.set_means(study.mean_volumes())
     network.recompute(opt.gradient_checkpointing)
     members = study.roles["train"]
-    steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.epochs, len(members))
+    per_epoch, total = steps_per_epoch(members, opt.batch_size), total_steps(opt, opt.epochs, len(members))
+    diffusion, dtype = Diffusion(opt.timesteps, opt.prediction), number_type(opt.precision, device)
     ema = EMA(network, opt.ema_decay)
-    optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip, opt.optimiser)
-    run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser}, model_facts(opt, study), math.inf)
-    last, best = (Path(opt.checkpoint_dir) / name for name in ("last_model.pth", "best_model.pth"))
-    continue_run(run, last, best, Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
-    diffusion, bfloat16 = Diffusion(opt.timesteps, opt.prediction), use_bfloat16(opt.precision, device)
-    backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, bfloat16)
+    optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip, opt.optimiser,
+                          dtype == torch.float16)
+    run = Checkpoint(STAGE, Path(opt.checkpoint_dir), {"model": network, "ema": ema, "optimiser": optimiser},
+                     model_facts(opt, study), worst=math.inf)
+    continued = run.resume(Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
+    backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, dtype)
                         for each in (parallel(network, device), ema.model))
     folder = Path(opt.result_dir) / "stage1"
-    if run.step >= total:
-        if not best.exists():
-            run.save(best)
-        print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best:.4f}. To train longer, raise "
-              f"opt.epochs.\nNext: python main.py --refine --resume_path {best}")
-        return True
-    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.reviewed, run.run_id)
     if writes():
         write_split(folder / "split.csv", study.pairs, study.roles)
         if opt.pattern_weight:
             draw_pattern(study, folder / "pattern_mask.png")
-    run.save(last)
-    with StopRequest(opt.max_minutes) as stop, tqdm(total=total, initial=run.step, unit="step") as bar:
-        for epoch in range(run.step // steps_per_epoch, opt.epochs):
-            batches = epoch_batches(members, opt.batch_size, opt.seed, epoch)
-            for batch in batches[run.step % steps_per_epoch:]:
-                if stop.agreed() or run.step >= total:
-                    break
+    if not continued:
+        run.begin()
+    with tqdm(total=total, initial=run.step, unit="step") as bar:
+        while (run.step < total or run.reviewed < run.step) and not stop.agreed():
+            if run.reviewed == run.step:
+                epoch = run.step // per_epoch + 1
+                batch = training_batch(members, opt.batch_size, opt.seed, run.step)
                 values = train_step(backbone, ema, optimiser, opt, study, batch, run.step)
                 run.step += 1
                 bar.update()
-                bar.set_description(f"stage 1, epoch {epoch + 1}/{opt.epochs}")
+                bar.set_description(f"stage 1, epoch {epoch}/{opt.epochs}")
                 bar.set_postfix_str(f"loss {values['loss']:.4f}")
-                log.write("training", run.step, epoch=epoch + 1, **values)
-                ended = run.step == total or run.step % steps_per_epoch == 0
-                if run.step == total or (ended and (epoch + 1) % opt.validate_every == 0):
-                    error = validate(smooth, study, opt.seed, opt.batch_size)
-                    log.write("validation", run.step, epoch=epoch + 1, x0_error=error)
-                    bar.write(f"step {run.step:6d}  epoch {epoch + 1:4d}  validation x0 error {error:.4f}")
-                    if error < run.best:
-                        run.best = error
-                        run.save(best)
-                if run.step % save_every == 0 or run.step == total:
-                    write_samples(smooth, opt, study, folder, run.step)
-                if ended or run.step % opt.checkpoint_every == 0:
-                    run.save(last)
-    if run.step < total:
-        run.save(last)
+                log.write("training", run.step, epoch=epoch, **values)
+            if review(run, smooth, opt, study, log, total, stop):  # else it is made up for when the run continues
+                run.reviewed = run.step
+                if due(run.step, per_epoch, total) or run.step % opt.checkpoint_every == 0:
+                    run.save(run.last)
+    if run.step < total or run.reviewed < run.step:
+        run.save(run.last)
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.", flush=True)
         wait()  # torchrun ends all ranks with the first that leaves: not while one is writing
         return False
-    print(f"Stage 1 is finished: best x0 error {run.best:.4f}. Pictures: {folder}. Model: {best}\n"
-          f"Next: python main.py --refine --resume_path {best}")
+    if writes() and not run.best.exists():  # a finished run, continued in another folder, or its best is gone
+        run.save(run.best)
+        print(f"note: {run.best} was not there: the model of the last step stands in for the best")
+    print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best_value:.4f}. To train longer, "
+          f"raise opt.epochs.\nPictures: {folder}. Model: {run.best}\n"
+          f"Next: python main.py --refine --resume_path {run.best}")
     return True
-
-
-def continue_run(run: Checkpoint, last: Path, best: Path, asked: Path | None, free: set[str]) -> bool:
-    """Load the newest of `last` in the run's folder and `asked` (from anywhere); False where there is neither.
-
-    Where the folder has no `best` yet (`asked` is from elsewhere), the next validation writes one.
-    Raises CheckpointError where one of these files is another run's: that is neither continued nor overwritten.
-    """
-    found, worst = {}, run.best
-    for path in {each: None for each in (last, best, asked) if each and (each.exists() or each == asked)}:
-        found[path] = read_checkpoint(path, (run.stage,))
-        compared = {name: value for name, value in run.facts["options"].items() if name not in free}
-        refuse_another_run(path, found[path], compared, run.facts["fingerprints"])
-    if found:
-        newest = max(found, key=lambda path: found[path]["step"])
-        run.load(found[newest])
-        run.best = run.best if best.exists() else worst
-        print(f"Continuing {newest} after step {run.step}.")
-    if not same_everywhere(run.step, run.facts):
-        raise CheckpointError(f"{last}: the ranks do not all see the same checkpoints, data or settings; all machines "
-                              "have to share the folder opt.checkpoint_dir, and hold the same opt.py and data")
-    return bool(found)

@@ -8,6 +8,7 @@ metrics.csv of the test subjects, sample grids and the refined volumes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.split import write_split
-from data.study import Study, epoch_batches
+from data.study import Study, steps_per_epoch, training_batch
 from models.backbone import Backbone
 from models.diffusion import Purpose, keyed_generator
 from models.losses import blend_weights, microstructure_loss, structure_loss, tissue_loss
@@ -26,13 +27,21 @@ from models.perceptual import PerceptualLoss, cached_weights, load_perceptual_lo
 from models.refine import RefineNet
 from refinement import Refinement, coarse_on_new_subjects, report, write_samples
 from train import STAGE as STAGE_1
-from train import augmentation, continue_run, load_batch, model_facts, parts, total_steps
-from utils.checkpoint import Checkpoint, CheckpointError, Kept, content_hash, read_checkpoint, refuse_another_run
+from train import augmentation, due, load_batch, model_facts, parts, total_steps
+from utils.checkpoint import (
+    UNFIT,
+    Checkpoint,
+    CheckpointError,
+    Kept,
+    content_hash,
+    read_checkpoint,
+    refuse_another_run,
+)
 from utils.distributed import any_rank, first_on_each_machine, parallel, rank, share, summed, to_device, wait, writes
 from utils.ema import EMA
 from utils.logger import Log
 from utils.metrics import psnr, summary, write_metrics
-from utils.optimise import Optimiser, StopRequest, use_bfloat16
+from utils.optimise import Interrupted, Optimiser, StopRequest, number_type
 
 save_every = 100  # steps between two sample grids in results/
 
@@ -108,27 +117,28 @@ def train_step(network: nn.Module, ema: EMA, optimiser: Optimiser, work: Refinem
     """One step of the optimiser on both directions; returns what is logged."""
     torch.manual_seed(keyed_generator(work.opt.seed, Purpose.DROPOUT, step, rank()).initial_seed())
     sums = dict.fromkeys(LOSSES, torch.zeros((), device=work.device))
-    loss, norm = optimiser.update(network, refinement_losses(network, work, batch, step, sums), step,
-                                  [work.study.pairs[i].name for i in batch])
-    ema.update(network)
+    values = optimiser.update(network, refinement_losses(network, work, batch, step, sums), step,
+                              [work.study.pairs[i].name for i in batch])
+    if values["learning_rate"]:  # else no step was taken
+        ema.update(network)
     found = dict(zip(LOSSES, summed(*torch.stack(list(sums.values())).tolist())))
-    share_of_it = work.opt.perceptual_weight * found["perceptual_loss"] / loss if loss else 0.0
-    return {"loss": loss, **found, "perceptual_share": share_of_it, "gradient_norm": norm,
-            "learning_rate": optimiser.rate(step)}
+    share_of_it = work.opt.perceptual_weight * found["perceptual_loss"] / values["loss"] if values["loss"] else 0.0
+    return {**values, **found, "perceptual_share": share_of_it}
 
 
 def validation_psnr(network: RefineNet, work: Refinement) -> float:
     """Mean PSNR in dB of the refined validation volumes over both directions."""
     values = []
-    for i in share(work.study.roles["validation"]):
-        truth = work.study.volumes([i])
-        values += [psnr((work.refined(network, source, target, [i]) - truth[target])[0].numpy())
-                   for source, target in network.directions]
+    with contextlib.suppress(Interrupted):  # the ranks meet in the sum, which is then that of a part
+        for i in work.watch(share(work.study.roles["validation"])):
+            truth = work.study.volumes([i])
+            values += [psnr((work.refined(network, source, target, [i]) - truth[target])[0].numpy())
+                       for source, target in network.directions]
     total, count = summed(sum(values), len(values))
-    return total / count
+    return total / max(1, count)
 
 
-def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16: bool) -> Backbone:
+def open_backbone(opt, study: Study, device: torch.device, state: dict, dtype: torch.dtype) -> Backbone:
     """The frozen stage-1 model inside a checkpoint of either stage. Raises CheckpointError where the data differ."""
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
     refuse_another_run(Path(opt.resume_path), stage_1, {name: opt.resolved()[name] for name in DATA_OPTIONS},
@@ -142,8 +152,8 @@ def open_backbone(opt, study: Study, device: torch.device, state: dict, bfloat16
         raise CheckpointError(f"opt.warm_start = True: the backbone in {opt.resume_path} has another network "
                               f"({'; '.join(differ)}). Use the same settings, or opt.warm_start = False")
     try:
-        return Backbone.from_checkpoint(stage_1, device, bfloat16)
-    except RuntimeError as error:
+        return Backbone.from_checkpoint(stage_1, device, dtype)
+    except UNFIT as error:
         raise CheckpointError(f"{opt.resume_path}: its weights do not fit its own network ({error})") from error
 
 
@@ -178,86 +188,103 @@ def find_perceptual_loss(opt, device: torch.device) -> PerceptualLoss | None:
     return perceptual.to(device)
 
 
-def train_refine(opt, study: Study, device: torch.device, state: dict) -> bool:
-    """Train stage 2 on the backbone in `state` (a checkpoint's content); returns whether the run is finished."""
-    backbone = open_backbone(opt, study, device, state, use_bfloat16(opt.precision, device))
-    backbone_hash = content_hash(backbone.network)
-    network = new_network(opt, study, backbone)
-    members = study.roles["train"]
-    steps_per_epoch, total = math.ceil(len(members) / opt.batch_size), total_steps(opt, opt.refine_epochs, len(members))
-    facts = model_facts(opt, study)
-    with first_on_each_machine():  # who may have to fetch a file
-        perceptual = find_perceptual_loss(opt, device)
-    facts["fingerprints"] |= {"backbone": backbone_hash, VGG: f"{opt.perceptual_weight} {content_hash(perceptual)}"
-                              if perceptual else ""}
+def review(run: Checkpoint, smooth: RefineNet, work: Refinement, log: Log, total: int, stop: StopRequest) -> bool:
+    """What is due after a step: validation, which chooses the best, and pictures. False where a stop came first."""
+    per_epoch = steps_per_epoch(work.study.roles["train"], work.opt.batch_size)
+    epoch = math.ceil(run.step / per_epoch)
+    if due(run.step, per_epoch * work.opt.validate_every, total):
+        value = validation_psnr(smooth, work)
+        if stop.agreed():
+            return False
+        log.write("validation", run.step, epoch=epoch, psnr=value)
+        tqdm.write(f"step {run.step:6d}  epoch {epoch:4d}  validation PSNR {value:.2f} dB")
+        if value > run.best_value:
+            run.best_value = value
+            run.save(run.best)
+    if due(run.step, save_every, total):
+        if writes():
+            with contextlib.suppress(Interrupted):  # the ranks meet below
+                write_samples(smooth, work, log.path.parent, run.step)
+        return not stop.agreed()
+    return True
+
+
+def new_run(opt, study: Study, state: dict, network: RefineNet, total: int, fingerprints: dict,
+            dtype: torch.dtype) -> Checkpoint:
+    """The run as it starts: what is trained, and beside it what a checkpoint keeps of the backbone in `state`."""
     ema = EMA(network, opt.ema_decay)
     optimiser = Optimiser(network, opt.refine_learning_rate, opt.warmup_steps, total, opt.gradient_clip,
-                          opt.refine_optimiser)
+                          opt.refine_optimiser, dtype == torch.float16)
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
     kept = Kept({**{key: stage_1[key] for key in BACKBONE_FACTS}, "ema": {"model": stage_1["ema"]["model"]}})
-    run = Checkpoint(STAGE, {"model": network, "ema": ema, "optimiser": optimiser, "backbone": kept}, facts, -math.inf)
-    last, best = (Path(opt.checkpoint_dir) / name for name in ("last_refine.pth", "best_refine.pth"))
-    continued = continue_run(run, last, best, Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
+    facts = model_facts(opt, study)
+    facts["fingerprints"] |= fingerprints
+    return Checkpoint(STAGE, Path(opt.checkpoint_dir), {"model": network, "ema": ema, "optimiser": optimiser,
+                                                        "backbone": kept}, facts, worst=-math.inf)
+
+
+def train_refine(opt, study: Study, device: torch.device, state: dict, stop: StopRequest) -> bool:
+    """Train stage 2 on the backbone in `state` (a checkpoint's content); returns whether the run is finished."""
+    dtype, members = number_type(opt.precision, device), study.roles["train"]
+    backbone = open_backbone(opt, study, device, state, dtype)
+    backbone_hash = content_hash(backbone.network)
+    network = new_network(opt, study, backbone)
+    per_epoch, total = steps_per_epoch(members, opt.batch_size), total_steps(opt, opt.refine_epochs, len(members))
+    with first_on_each_machine():  # who may have to fetch a file
+        perceptual = find_perceptual_loss(opt, device)
+    vgg = f"{opt.perceptual_weight} {content_hash(perceptual)}" if perceptual else ""
+    run = new_run(opt, study, state, network, total, {"backbone": backbone_hash, VGG: vgg}, dtype)
+    ema, optimiser = run.parts["ema"], run.parts["optimiser"]
+    continued = run.resume(Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
     folder = Path(opt.result_dir) / "refine"
-    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.run_id)
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.reviewed, run.run_id)
     if writes():
         write_split(folder / "split.csv", study.pairs, study.roles)
-    stop = StopRequest(opt.max_minutes)
-    with stop:
-        work = Refinement(opt, study, backbone, backbone_hash, perceptual, stop)
+    work = Refinement(opt, study, backbone, backbone_hash, perceptual, stop)
     if stop.agreed():
         print(f"Stopped while coarse volumes were sampled ({stop.reason}); the same command continues.")
         return False
     if not continued:
         for each in (network, ema.model):
             fit_blend(each, work)
-        run.save(last)
+        run.begin()
     trained = parallel(network, device)
-    with stop, tqdm(total=total, initial=run.step, unit="step") as bar:
-        for epoch in range(run.step // steps_per_epoch, opt.refine_epochs):
-            batches = epoch_batches(members, opt.batch_size, opt.seed, epoch)
-            for batch in batches[run.step % steps_per_epoch:]:
-                if stop.agreed() or run.step >= total:
-                    break
+    with tqdm(total=total, initial=run.step, unit="step") as bar:
+        while (run.step < total or run.reviewed < run.step) and not stop.agreed():
+            if run.reviewed == run.step:
+                epoch = run.step // per_epoch + 1
+                batch = training_batch(members, opt.batch_size, opt.seed, run.step)
                 values = train_step(trained, ema, optimiser, work, batch, run.step)
                 run.step += 1
                 bar.update()
-                bar.set_description(f"stage 2, epoch {epoch + 1}/{opt.refine_epochs}")
+                bar.set_description(f"stage 2, epoch {epoch}/{opt.refine_epochs}")
                 bar.set_postfix_str(f"loss {values['loss']:.4f}")
-                log.write("training", run.step, epoch=epoch + 1, **values)
-                ended = run.step == total or run.step % steps_per_epoch == 0
-                if run.step == total or (ended and (epoch + 1) % opt.validate_every == 0):
-                    value = validation_psnr(ema.model, work)
-                    log.write("validation", run.step, epoch=epoch + 1, psnr=value)
-                    bar.write(f"step {run.step:6d}  epoch {epoch + 1:4d}  validation PSNR {value:.2f} dB")
-                    if value > run.best:
-                        run.best = value
-                        run.save(best)
-                if run.step % save_every == 0 or run.step == total:
-                    write_samples(ema.model, work, folder, run.step)
-                if ended or run.step % opt.checkpoint_every == 0:
-                    run.save(last)
-    if run.step < total:
-        run.save(last)
+                log.write("training", run.step, epoch=epoch, **values)
+            if review(run, ema.model, work, log, total, stop):  # else it is made up for when the run continues
+                run.reviewed = run.step
+                if due(run.step, per_epoch, total) or run.step % opt.checkpoint_every == 0:
+                    run.save(run.last)
+    if run.step < total or run.reviewed < run.step:
+        run.save(run.last)
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.", flush=True)
         wait()  # torchrun ends all ranks with the first that leaves: not while one is writing
         return False
-    finish(run, best, ema.model, work, folder)
+    finish(run, ema.model, work, folder)
     return True
 
 
-def finish(run: Checkpoint, best: Path, smooth: RefineNet, work: Refinement, folder: Path) -> None:
+def finish(run: Checkpoint, smooth: RefineNet, work: Refinement, folder: Path) -> None:
     """Score the best model on the test subjects: metrics.csv, and a table. smooth: the average of the last step."""
-    if any_rank(writes() and not best.exists()):  # a finished run, continued in another folder, or its best is gone
-        run.best = validation_psnr(smooth, work)
-        run.save(best)
-        print(f"note: {best} was not there: the model of the last step stands in for the best")
+    if any_rank(writes() and not run.best.exists()):  # a finished run, continued in another folder, or its best is gone
+        run.best_value = validation_psnr(smooth, work)
+        run.save(run.best)
+        print(f"note: {run.best} was not there: the model of the last step stands in for the best")
     if not writes():
         return
-    rows = report(open_refined(read_checkpoint(best, (STAGE,)), work.device), work)
+    rows = report(open_refined(read_checkpoint(run.best, (STAGE,)), work.device), work)
     write_metrics(folder / "metrics.csv", rows)
     gap = f"{coarse_on_new_subjects(work)}\n" if work.opt.coarse != "none" else ""
-    print(f"\nStage 2 is finished: {run.step} steps, best validation PSNR {run.best:.2f} dB. On the "
+    print(f"\nStage 2 is finished: {run.step} steps, best validation PSNR {run.best_value:.2f} dB. On the "
           f"{len(work.study.roles['test'])} test pairs:\n{summary(rows)}\n{gap}"
-          f"Metrics: {folder / 'metrics.csv'}. Pictures: {folder}. Model: {best}\n"
+          f"Metrics: {folder / 'metrics.csv'}. Pictures: {folder}. Model: {run.best}\n"
           "To train longer, raise opt.refine_epochs.")

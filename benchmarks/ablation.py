@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import main
 from benchmarks.stage1_quality import joint_scores, translation_scores
-from data.study import Study, epoch_batches
+from data.study import Study, training_batch
 from models.backbone import Backbone
 from models.diffusion import Diffusion
 from models.unet import DualModalUNet
@@ -33,7 +33,7 @@ from train import train_step, validate
 from utils.arguments import parse_arguments
 from utils.ema import EMA
 from utils.metrics import paired_gain
-from utils.optimise import Optimiser, use_bfloat16
+from utils.optimise import Optimiser, number_type
 
 JOINT = 12  # joint samples of each run
 FACTORS = {"default": {}, "timesteps shared": {"timestep_coupling": "shared"}, "epsilon": {"prediction": "epsilon"},
@@ -46,9 +46,9 @@ SUBJECT_COLUMNS = ("variant", "seed", "subject", "direction", "psnr_single", "ss
 
 
 def batches_of(study: Study, settings) -> Iterator[list[int]]:
-    """The training batches of one epoch after the other, without end."""
-    for epoch in itertools.count():
-        yield from epoch_batches(study.roles["train"], settings.batch_size, settings.seed, epoch)
+    """The training batches of one step after the other, without end."""
+    for step in itertools.count():
+        yield training_batch(study.roles["train"], settings.batch_size, settings.seed, step)
 
 
 class Trial:
@@ -63,7 +63,7 @@ class Trial:
         self.optimiser = Optimiser(network, settings.learning_rate, settings.warmup_steps, steps,
                                    settings.gradient_clip, settings.optimiser)
         how = (Diffusion(settings.timesteps, settings.prediction), settings.timestep_coupling, device,
-               use_bfloat16(settings.precision, device))
+               number_type(settings.precision, device))
         self.backbone, self.smooth = (Backbone(each, *how) for each in (network, self.ema.model))
 
     def train(self, progress=iter) -> float:

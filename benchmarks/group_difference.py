@@ -24,7 +24,7 @@ from refinement import Refinement
 from train_refine import STAGE, open_backbone, open_refined
 from utils.arguments import parse_arguments
 from utils.checkpoint import content_hash, read_checkpoint
-from utils.optimise import use_bfloat16
+from utils.optimise import number_type
 
 GROUPS = ("NC", "AD")
 DRAWS = 2_000
@@ -72,7 +72,7 @@ def report(checkpoint: Path, settings) -> None:
     settings.resume_path = str(checkpoint)
     settings.validate()
     study, device = main.read_study(settings), main.choose_device(settings.device)
-    backbone = open_backbone(settings, study, device, state, use_bfloat16(settings.precision, device))
+    backbone = open_backbone(settings, study, device, state, number_type(settings.precision, device))
     work = Refinement(settings, study, backbone, content_hash(backbone.network))
     members = [i for i in study.roles["test"] if study.pairs[i].group in GROUPS]
     groups = np.array([study.pairs[i].group for i in members])

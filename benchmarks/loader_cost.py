@@ -15,15 +15,11 @@ import numpy as np
 
 import main
 import train
+from benchmarks.ablation import Trial, batches_of
 from benchmarks.step import synchronise
-from data.study import Study, epoch_batches
-from models.backbone import Backbone
-from models.diffusion import Diffusion
-from models.unet import DualModalUNet
+from data.study import Study
 from opt import PRESETS, opt
 from utils.arguments import parse_arguments
-from utils.ema import EMA
-from utils.optimise import Optimiser, use_bfloat16
 
 STEPS = 40
 
@@ -40,20 +36,14 @@ def measure(settings) -> dict[str, np.ndarray]:
     cached, tensors = main.read_study(settings), main.read_study(settings)
     in_memory(tensors)
     device = main.choose_device(settings.device)
-    network = DualModalUNet(cached.sizes, **settings.network_arguments()).to(device)
-    backbone = Backbone(network, Diffusion(settings.timesteps, settings.prediction), settings.timestep_coupling, device,
-                        use_bfloat16(settings.precision, device))
-    ema = EMA(network, settings.ema_decay)
-    optimiser = Optimiser(network, 1e-4, 1, STEPS, settings.gradient_clip, settings.optimiser)
-    batches = [batch for epoch in range(STEPS) for batch in
-               epoch_batches(cached.roles["train"], settings.batch_size, settings.seed, epoch)][:STEPS + 2]
+    trial = Trial(settings, cached, STEPS + 2, device)
     seconds = {"cache": [], "tensors": [], "loading": []}
-    for step, batch in enumerate(batches):
+    for step, batch in zip(range(STEPS + 2), batches_of(cached, settings)):
         order = ("cache", "tensors") if step % 2 else ("tensors", "cache")
         for name in order:
             study = cached if name == "cache" else tensors
             start = time.perf_counter()
-            train.train_step(backbone, ema, optimiser, settings, study, batch, step)
+            train.train_step(trial.backbone, trial.ema, trial.optimiser, settings, study, batch, step)
             synchronise(device)
             seconds[name].append(time.perf_counter() - start)
         start = time.perf_counter()

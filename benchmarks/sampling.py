@@ -67,5 +67,5 @@ def table(rows: list[dict]) -> str:
 if __name__ == "__main__":
     settings = parse_arguments(opt, PRESETS, sys.argv[2:], __doc__.splitlines()[0])
     study, backbone = open_run(Path(sys.argv[1]), settings)
-    backbone.bfloat16 = False
+    backbone.dtype = torch.float32
     print(table(compare(backbone, study, settings.seed)))

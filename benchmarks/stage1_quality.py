@@ -23,7 +23,7 @@ from train import STAGE
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_checkpoint, refuse_another_run
 from utils.metrics import paired_gain, score
-from utils.optimise import use_bfloat16
+from utils.optimise import number_type
 
 SAMPLES = 8  # of each subject and direction
 JOINT = 24  # joint samples
@@ -94,7 +94,7 @@ def open_run(checkpoint: Path, settings) -> tuple[Study, Backbone]:
     study, device = main.read_study(settings), main.choose_device(settings.device)
     state = read_checkpoint(checkpoint, (STAGE,))
     refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
-    return study, Backbone.from_checkpoint(state, device, use_bfloat16(settings.precision, device))
+    return study, Backbone.from_checkpoint(state, device, number_type(settings.precision, device))
 
 
 def report(checkpoint: Path, settings) -> None:

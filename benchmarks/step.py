@@ -35,7 +35,7 @@ from refinement import Refinement
 from utils.arguments import parse_arguments
 from utils.distributed import keep_freed_memory, parallel
 from utils.ema import EMA
-from utils.optimise import Optimiser, use_bfloat16
+from utils.optimise import Optimiser, number_type
 
 OWN = "own"  # the sizes of the configuration itself
 SIZES = ["32x32x18/48x48x30", "48x48x27/72x72x45", "64x64x36/96x96x60"]
@@ -65,11 +65,11 @@ class RandomStudy:
 def trainer(settings, stage: int, device: torch.device):
     """(one step of a trainer as a function of its number, the network it trains) on random volumes."""
     study = RandomStudy(settings.image_sizes(), settings.batch_size + 1)  # so that none is the mean volume
-    batch, bfloat16 = list(range(settings.batch_size)), use_bfloat16(settings.precision, device)
+    batch, dtype = list(range(settings.batch_size)), number_type(settings.precision, device)
     network = DualModalUNet(study.sizes, **settings.network_arguments()).to(device)
     diffusion = Diffusion(settings.timesteps, settings.prediction)
     backbone = Backbone(parallel(network, device) if stage == 1 else network, diffusion, settings.timestep_coupling,
-                        device, bfloat16)
+                        device, dtype)
     if stage == 2:
         settings.coarse, settings.warm_start = "none", False  # as much work as with coarse volumes, none to sample
         network = train_refine.new_network(settings, study, backbone)
@@ -99,19 +99,19 @@ class Recorded:
             channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
             self.calls.append((layer, tuple(x.shape), x.dtype, channels_last, x.requires_grad))
 
-    def seconds(self, bfloat16: bool) -> float:
+    def seconds(self, dtype: torch.dtype) -> float:
         """Time of all recorded convolutions alone, forward and backward; equal ones are timed once. Forgets them."""
         total, known = 0.0, {}
         for layer, *how in self.calls:
             key = (*layer.weight.shape, *layer.stride, *how)
             if key not in known:
-                known[key] = convolution_seconds(layer, bfloat16, *how)
+                known[key] = convolution_seconds(layer, dtype, *how)
             total += known[key]
         self.calls.clear()
         return total
 
 
-def convolution_seconds(layer: nn.Conv3d, bfloat16: bool, shape: tuple[int, ...], dtype: torch.dtype,
+def convolution_seconds(layer: nn.Conv3d, precision: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype,
                         channels_last: bool, needs_gradient: bool) -> float:
     """Seconds of one convolution, forward and backward: the mean of two after one to warm up."""
     device, wanted = layer.weight.device, list(layer.parameters())
@@ -124,7 +124,7 @@ def convolution_seconds(layer: nn.Conv3d, bfloat16: bool, shape: tuple[int, ...]
         if attempt == 1:
             synchronise(device)
             start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             y = layer.forward(x)  # past the hook that records
         torch.autograd.grad(y, wanted, torch.ones_like(y))
     synchronise(device)
@@ -152,7 +152,7 @@ def measure(settings, config: str, stage: int, steps: int, plain: bool) -> dict:
     device = choose_device(settings.device)
     step, network = trainer(settings, stage, device)
     convolutions, seconds, alone = Recorded(network), [], []
-    bfloat16 = use_bfloat16(settings.precision, device)
+    dtype = number_type(settings.precision, device)
     step(0)
     convolutions.calls.clear()
     for number in range(steps):
@@ -161,7 +161,7 @@ def measure(settings, config: str, stage: int, steps: int, plain: bool) -> dict:
         step(number)
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-        alone.append(convolutions.seconds(bfloat16))  # anew after every step, so that both see the same machine
+        alone.append(convolutions.seconds(dtype))  # anew after every step, so that both see the same machine
     peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / PEAK)
     with FlopCounterMode(display=False) as counter:  # last, because it keeps tensors alive
@@ -169,7 +169,7 @@ def measure(settings, config: str, stage: int, steps: int, plain: bool) -> dict:
             step(number)
     sizes = settings.image_sizes()
     return {"config": config, "stage": stage, "sizes": "/".join("x".join(map(str, size)) for size in sizes.values()),
-            "batch_size": settings.batch_size, "precision": "bf16" if bfloat16 else "fp32",
+            "batch_size": settings.batch_size, "precision": str(dtype).removeprefix("torch."),
             "voxels": sum(int(np.prod(size)) for size in sizes.values()),
             "seconds_per_step": sum(seconds) / steps, "seconds_of_steps": seconds,
             "tflop": counter.get_total_flops() / steps / 1e12, "conv_seconds": sum(alone) / steps,

@@ -1,10 +1,11 @@
-"""Decoded volumes on disk: every file is read, put on its grid and normalised once, then mapped into memory.
+"""Decoded volumes on disk: every file is read, put on its grid and normalised once.
 
-An epoch afterwards decodes nothing and needs no worker processes. The cache can be deleted at any time.
+An epoch afterwards decodes nothing and needs no worker processes. The cache can be deleted between two runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import replace_file
 from data.grids import RESIZE
 from data.intensity import normalise
 from data.problems import Problem, VolumeError
 from data.volumes import Scan, b_values_file, read_volume
+from utils.files import replace_file, write_text
 
 CACHE_FORMAT = 2  # raise it whenever the way from file to volume changes
 
@@ -33,25 +34,42 @@ class Reading:
     intensity: str = "percentile"
 
 
-def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[np.ndarray, dict]:
-    """One file as it is trained on: (memory-mapped volume (X, Y, Z) in [-1, 1], facts: low, high, affine, ...).
+def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, dict]:
+    """One file as it is trained on: (what `load_volume` reads it from, facts: low, high, affine, ...).
 
     Keyed by path, size and times of the file and by all settings, so that what is found is never stale. Files appear
-    whole, so several processes may fill the same folder. Raises VolumeError.
+    whole, so several processes may fill the same folder. Raises VolumeError, FileError.
     """
     key = hashlib.sha256(repr((CACHE_FORMAT, _state(path), reading, _b_values_state(path, reading))).encode())
     voxels_file, facts_file = (cache_dir / f"{key.hexdigest()[:32]}.{ending}" for ending in ("npy", "json"))
-    try:
-        return np.load(voxels_file, mmap_mode="r"), json.loads(facts_file.read_text())
-    except (OSError, ValueError, EOFError):  # not there, or damaged: it is made again
-        pass
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged: it is made again
+        if np.lib.format.open_memmap(voxels_file, mode="r").shape == tuple(reading.size):  # the header, and the length
+            return voxels_file, json.loads(facts_file.read_text())
     scan = read_volume(path, reading.reduce)
     volume, low, high, affine = to_grid(scan, path, reading)
     facts = {"low": low, "high": high, "affine": affine.tolist(), "repaired": scan.repaired,
              "content": content(volume)}
-    replace_file(voxels_file, lambda file: np.save(file, volume))
-    replace_file(facts_file, lambda file: file.write(json.dumps(facts).encode()))
-    return np.load(voxels_file, mmap_mode="r"), facts
+    save_volume(voxels_file, volume)
+    write_text(facts_file, json.dumps(facts))
+    return voxels_file, facts
+
+
+def save_volume(path: Path, volume: np.ndarray) -> None:
+    """Write what `load_volume` reads. Raises FileError."""
+    replace_file(path, lambda file: np.save(file, volume), volume.nbytes)
+
+
+def load_volume(path: Path) -> np.ndarray:
+    """A volume (X, Y, Z) of the cache. Raises VolumeError where it has become unreadable.
+
+    It is read, not mapped into memory: where a map's file shrinks or its disk fails, the process just dies.
+    """
+    try:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise VolumeError(path, f"has become unreadable ({error})", "the same command makes it again, and continues "
+                          "from the last checkpoint; opt.cache_dir names the folder") from error
 
 
 def _state(path: Path) -> tuple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ from data.pairs import Pair
 from data.problems import DataError, Problem
 from data.study import fields_apart, repaired
 from data.volumes import Scan, read_volume
+from utils.files import write_table
 
 COLUMNS = ("subject", "file", "what", "remedy", "fatal")
 LARGE = 10**6  # voxels: above this a smaller image_size is suggested; the paper's larger grid has 552,960
@@ -162,8 +162,4 @@ def table(problems: list[Problem], root: Path) -> str:
 
 def write_problems(path: Path, problems: list[Problem]) -> None:
     """The same table as CSV; fatal: whether training would be refused."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(COLUMNS)
-        rows.writerows((p.subject, p.where, p.what, p.remedy, p.fatal) for p in problems)
+    write_table(path, COLUMNS, [dict(zip(COLUMNS, (p.subject, p.where, p.what, p.remedy, p.fatal))) for p in problems])

@@ -11,9 +11,7 @@ This data set is frozen: figures in the README refer to it, and a test compares 
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,8 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from data.atlas import roi_centres
+from data.volumes import save_image
+from utils.files import write_text
 
 SUBJECTS = 60
 GROUPS = ("NC", "MCI", "AD")
@@ -199,15 +199,9 @@ def write_demo(folder: Path, progress=lambda subjects: subjects) -> None:
         for subject, scans in zip(progress(subjects), pool.map(scan, subjects)):
             for modality, image in scans.items():
                 kind, name = NAMES[modality]
-                path = folder / subject.name / kind / f"{subject.name}_{name}.nii.gz"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                nib.save(image, path)
-    with open(folder / "participants.tsv", "w", newline="") as file:
-        rows = csv.writer(file, delimiter="\t", lineterminator="\n")
-        rows.writerow(("participant_id", "group"))
-        rows.writerows((subject.name, subject.group) for subject in subjects)
+                save_image(folder / subject.name / kind / f"{subject.name}_{name}.nii.gz", image)
+    write_text(folder / "participants.tsv", "participant_id\tgroup\n"
+               + "".join(f"{subject.name}\t{subject.group}\n" for subject in subjects))
     description = {"Name": "PDS demo: analytic brains", "BIDSVersion": "1.9.0", "DatasetType": "derivative",
                    "GeneratedBy": [{"Name": "PDS", "Description": "data/phantom.py"}]}
-    temporary = folder / (COMPLETE + ".part")
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(temporary, folder / COMPLETE)
+    write_text(folder / COMPLETE, json.dumps(description, indent=2) + "\n")

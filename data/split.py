@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from data.pairs import Pair
 from data.problems import PairError, Problem
+from utils.files import write_table
 
 
 def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction: float,
@@ -76,11 +76,8 @@ def _evened(pairs: list[Pair], people: list[str], folds: int) -> list[str]:
 
 
 def write_split(path: Path, pairs: list[Pair], roles: dict[str, list[int]]) -> None:
-    """Write subject, session, group and role of every pair as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("subject", "session", "group", "role"))
-        for position, pair in enumerate(pairs):
-            role = "+".join(name for name, members in roles.items() if position in members)
-            rows.writerow((pair.subject, pair.session, pair.group, role))
+    """Write subject, session, group and role of every pair as CSV. Raises FileError."""
+    rows = [{"subject": pair.subject, "session": pair.session, "group": pair.group,
+             "role": "+".join(name for name, members in roles.items() if position in members)}
+            for position, pair in enumerate(pairs)]
+    write_table(path, ("subject", "session", "group", "role"), rows)

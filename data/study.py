@@ -1,10 +1,11 @@
-"""A study ready for training: every pair decoded once, normalised to [-1, 1], memory-mapped, and split by subject."""
+"""A study ready for training: every pair decoded once, normalised to [-1, 1], and split by subject."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from data.atlas import AtlasError, LabelImage, pattern_mask, roi_centres
-from data.cache import Reading, cached_volume, identical_scans
+from data.cache import Reading, cached_volume, identical_scans, load_volume
 from data.grids import compare_fields, spacing_of
 from data.pairs import Pair, in_mni_space
 from data.problems import Problem, refuse
@@ -31,7 +32,7 @@ class Study:
         self.pairs, self.roles = pairs, roles
         self.sizes = {name: tuple(reading.size) for name, reading in readings.items()}
         self.modalities = tuple(readings)
-        self._volumes = {name: [] for name in readings}
+        self._files = {name: [] for name in readings}
         self.ranges = {name: [] for name in readings}
         self.affines = {name: [] for name in readings}
         self._masks: dict[tuple, torch.Tensor] = {}  # pairs on the same grid share theirs
@@ -40,8 +41,8 @@ class Study:
         content, scans, self.problems = hashlib.sha256(), [], []
         for pair in progress(pairs):
             for name, reading in readings.items():
-                volume, facts = cached_volume(pair.files[name], reading, cache_dir)
-                self._volumes[name].append(volume)
+                file, facts = cached_volume(pair.files[name], reading, cache_dir)
+                self._files[name].append(file)
                 self.ranges[name].append((facts["low"], facts["high"]))
                 self.affines[name].append(np.array(facts["affine"]))
                 scans.append((pair.name, pair.files[name], facts["content"]))
@@ -114,8 +115,8 @@ class Study:
         return torch.from_numpy(np.median(sides, axis=0))
 
     def volumes(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1], copied out of the memory map."""
-        return {name: torch.from_numpy(np.stack([self._volumes[name][i] for i in positions])[:, None])
+        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1]. Raises VolumeError where one has become unreadable."""
+        return {name: torch.from_numpy(np.stack([load_volume(self._files[name][i]) for i in positions])[:, None])
                 for name in self.modalities}
 
     def masks(self, positions: list[int]) -> dict[str, torch.Tensor]:
@@ -125,8 +126,8 @@ class Study:
     def mean_volumes(self) -> dict[str, torch.Tensor]:
         """{modality: (1, 1, X, Y, Z)} mean of the training volumes: the simplest synthesis there is."""
         train = self.roles["train"]
-        return {name: torch.from_numpy(sum(self._volumes[name][i].astype(np.float64) for i in train) / len(train))
-                .float()[None, None] for name in self.modalities}
+        return {name: torch.from_numpy(sum(load_volume(self._files[name][i]).astype(np.float64) for i in train)
+                                       / len(train)).float()[None, None] for name in self.modalities}
 
     def train_range(self, name: str) -> tuple[float, float]:
         """Medians over the training volumes of the intensities that became -1 and 1: the units of what is made."""
@@ -150,10 +151,15 @@ def fields_apart(pair: Pair, grids: dict[str, tuple[np.ndarray, tuple]]) -> Prob
                    "PDS overlays the two grids edge to edge: co-register and crop them alike", pair.name, fatal=False)
 
 
-def epoch_batches(positions: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """All positions once, shuffled by (seed, epoch) alone, so that a continued run sees the same order.
+def steps_per_epoch(positions: list[int], batch_size: int) -> int:
+    return math.ceil(len(positions) / batch_size)
 
-    The last batch may be smaller.
+
+def training_batch(positions: list[int], batch_size: int, seed: int, step: int) -> list[int]:
+    """The batch of step 0, 1, ...: an epoch is all positions once, and its last batch may be smaller.
+
+    Shuffled by (seed, epoch) alone, so that a continued run sees the same order.
     """
+    epoch, place = divmod(step, steps_per_epoch(positions, batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(positions).tolist()
-    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    return order[place * batch_size:(place + 1) * batch_size]

@@ -19,6 +19,7 @@ import numpy as np
 
 from data.grids import onto_grid
 from data.problems import VolumeError
+from utils.files import replace_file
 
 SHELL_TOLERANCE = 50.0  # s/mm^2: b-values up to this count as b0
 REDUCTIONS = ("mean", "std", "first", "b0", "shell")
@@ -241,5 +242,16 @@ def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray, reference: 
     header.extensions.clear()
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(type(frame)(voxels, frame.affine, header), path)
+    save_image(path, type(frame)(voxels, frame.affine, header))
+
+
+def save_image(path: Path, image: nib.Nifti1Image) -> None:
+    """Write a .nii or .nii.gz file, the same bytes whenever it is written. Raises FileError."""
+    def write(file: BinaryIO) -> None:
+        if path.suffix != ".gz":
+            image.to_stream(file)
+            return
+        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+            image.to_stream(packed)
+
+    replace_file(path, write, image.get_data_dtype().itemsize * math.prod(image.shape))

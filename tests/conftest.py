@@ -12,6 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data.cache import Reading, cached_volume, load_volume
+
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"fmri": (12, 13, 11), "dmri": (16, 17, 14)}
 SPACING = {"fmri": 14.0, "dmri": 11.0}
@@ -72,6 +74,12 @@ def run_program(*words: str, timeout: float = 240) -> subprocess.CompletedProces
     """`python main.py` with these words in a child process."""
     return subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def decoded(path: Path, reading: Reading, cache_dir: Path) -> tuple[np.ndarray, dict]:
+    """A file as it is trained on, and what is known of it."""
+    file, facts = cached_volume(path, reading, cache_dir)
+    return load_volume(file), facts
 
 
 BOTH = ("fmri", "dmri")

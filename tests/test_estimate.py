@@ -41,7 +41,7 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(settings):
     network.zero_grad()
     with Memory() as memory:
         step()
-    cost = step_cost(settings, SIZES, False)
+    cost = step_cost(settings, SIZES, torch.float32)
     parameters = sum(p.numel() for p in network.parameters())
     assert cost.parameters == parameters
     assert cost.flop == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -52,23 +52,23 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(settings):
 def test_what_lowers_memory_and_what_costs_time(settings):
     settings.image_size, settings.base_channels, settings.batch_size = 32, 16, 8
     sizes = settings.image_sizes()
-    usual = step_cost(settings, sizes, False)
-    assert step_cost(settings, sizes, True).memory < usual.memory  # bfloat16
+    usual = step_cost(settings, sizes, torch.float32)
+    assert step_cost(settings, sizes, torch.bfloat16).memory < usual.memory
     settings.accumulate = 8
-    parts = step_cost(settings, sizes, False)
+    parts = step_cost(settings, sizes, torch.float32)
     assert parts.memory < usual.memory and parts.flop == pytest.approx(usual.flop)
     settings.accumulate, settings.gradient_checkpointing = 1, True
-    again = step_cost(settings, sizes, False)
+    again = step_cost(settings, sizes, torch.float32)
     assert again.memory < usual.memory and 1.1 * usual.flop < again.flop < 1.4 * usual.flop
 
 
 def test_attention_is_counted(settings):
-    without = step_cost(settings, SIZES, False).flop
+    without = step_cost(settings, SIZES, torch.float32).flop
     settings.attention_tokens = 10_000
     settings.unet_depth = 2
-    with_attention = step_cost(settings, SIZES, False).flop
+    with_attention = step_cost(settings, SIZES, torch.float32).flop
     settings.attention_tokens = 0
-    difference = with_attention - step_cost(settings, SIZES, False).flop
+    difference = with_attention - step_cost(settings, SIZES, torch.float32).flop
     tokens = [math.prod((-(-n // settings.patch_size) + 1) // 2 for n in size) for size in SIZES.values()]
     products = sum(14 * settings.batch_size * n**2 * 16 for n in tokens)
     projections = sum(3 * 2 * settings.batch_size * n * 4 * 16**2 for n in tokens)
@@ -77,13 +77,13 @@ def test_attention_is_counted(settings):
 
 def test_time_is_arithmetic_over_speed(settings, monkeypatch):
     monkeypatch.setattr(estimate, "convolution_rate", lambda *_: 1e9)
-    found = expect(settings, SIZES, 100, 5, CPU, False)
-    assert found.step == pytest.approx(step_cost(settings, SIZES, False).flop / 1e9 / estimate.CONVOLUTIONS)
+    found = expect(settings, SIZES, 100, 5, CPU, torch.float32)
+    assert found.step == pytest.approx(step_cost(settings, SIZES, torch.float32).flop / 1e9 / estimate.CONVOLUTIONS)
     assert found.epoch == pytest.approx(5 * found.step) and found.whole == pytest.approx(100 * found.step)
 
 
 def test_speed_is_measured():
-    assert 1e8 < estimate.convolution_rate(8, (12, 12, 12), 2, CPU, False) < 1e15
+    assert 1e8 < estimate.convolution_rate(8, (12, 12, 12), 2, CPU, torch.float32) < 1e15
 
 
 def test_free_memory_is_some():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -13,10 +14,9 @@ from models.layers import Attention, Conv3d, ResBlock, from_patches, layout, tim
 from models.losses import blend_weights, microstructure_loss, pattern_aware_loss, structure_loss, tissue_loss, x0_error
 from models.refine import RefineNet
 from models.unet import DualModalUNet
-from utils.checkpoint import CheckpointError
 from utils.ema import EMA
 from utils.metrics import score
-from utils.optimise import MUON_RATE, Optimiser, StopRequest, TrainingError, use_bfloat16
+from utils.optimise import MUON_RATE, Optimiser, StopRequest, TrainingError, number_type
 
 SIZES = {"a": (11, 14, 13), "b": (17, 12, 15)}
 NETWORK = {"channels": 8, "depth": 3, "blocks": 2, "output_blocks": 2, "patch": 1, "fusion": "early",
@@ -172,23 +172,51 @@ def optimiser(**changes) -> tuple[nn.Linear, Optimiser]:
 
 def test_learning_rate_warms_up_and_decays():
     _, steps = optimiser()
-    rates = [steps.rate(step) for step in range(15)]
+    rates = []
+    for steps.taken in range(15):
+        rates.append(steps.rate())
     assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     assert rates[9] == pytest.approx(0.05) and rates[14] == pytest.approx(0)
     assert all(a >= b for a, b in zip(rates[4:-1], rates[5:]))
 
 
-def test_a_step_that_is_not_finite_is_not_taken():
+def test_T1_a_step_that_is_not_finite_is_not_taken():
     model, steps = optimiser()
     before = model.weight.clone()
     for _ in range(4):
         steps.update(model, [lambda: model(torch.ones(1, 2)).sum() * float("inf")], 3, ["sub-1"])
-    assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight, before) and steps.taken == 0
     steps.update(model, [lambda: model(torch.ones(1, 2)).sum()], 4, ["sub-1"])
     assert not torch.equal(model.weight, before) and steps.bad_in_a_row == 0
-    with pytest.raises(TrainingError, match="step 9.*sub-7"):
+    with pytest.raises(TrainingError, match="step 10, with sub-7"):
         for _ in range(5):
             steps.update(model, [lambda: model(torch.ones(1, 2)).sum() * float("nan")], 9, ["sub-7"])
+
+
+def test_T2_an_overflow_lowers_the_scale_and_advances_nothing():
+    model, steps = optimiser(float16=True)
+    before = model.weight.clone()
+
+    def loss() -> torch.Tensor:  # in float16 the largest number is 65504: 65536 times a gradient of 4 is none
+        with torch.autocast("cpu", torch.float16):
+            return model(torch.full((1, 2), 4.0)).sum()
+
+    values = [steps.update(model, [loss], step, ["sub-1"]) for step in range(12)]
+    taken = [value["learning_rate"] > 0 for value in values]
+    skipped = taken.index(True)
+    assert 0 < skipped < 6 and all(taken[skipped:]) and steps.scale == 2.0**16 / 2**skipped
+    assert values[skipped]["learning_rate"] == pytest.approx(0.025)  # the first of the warm-up
+    assert values[skipped]["gradient_norm"] == pytest.approx(33**0.5, rel=1e-2) and steps.taken == 12 - skipped
+    other, again = optimiser(float16=True)
+    again.load_state_dict(steps.state_dict())
+    assert (again.scale, again.since_overflow, again.taken) == (steps.scale, 12 - skipped, 12 - skipped)
+    again.since_overflow = 1999
+    again.update(other, [lambda: other(torch.ones(1, 2)).sum()], 12, [])
+    assert again.scale == 2 * steps.scale and not torch.equal(model.weight, before)
+    for _ in range(20):
+        with contextlib.suppress(TrainingError):
+            again.update(other, [lambda: other(torch.ones(1, 2)).sum() * float("nan")], 13, ["sub-7"])
+    assert again.scale == 1 and again.bad_in_a_row >= 5  # only then it is the loss that is to blame
 
 
 def test_parts_of_a_loss_add_up():
@@ -247,14 +275,14 @@ def test_what_an_optimiser_keeps_survives_a_file_in_every_layout(kind, tmp_path)
     steps.load_state_dict(state["optimiser"])
     for name, value in trained(fresh, steps, range(2, 3)).items():
         assert torch.equal(value, expected[name]), name
-    del state["optimiser"]["order"]
-    with pytest.raises(CheckpointError, match="earlier version"):
+    del state["optimiser"]["form"]
+    with pytest.raises(ValueError, match="earlier version"):
         steps.load_state_dict(state["optimiser"])
 
 
 def test_gradients_are_clipped():
     model, steps = optimiser()
-    loss, norm = steps.update(model, [lambda: model(torch.full((1, 2), 100.0)).sum()], 0, [])
+    norm = steps.update(model, [lambda: model(torch.full((1, 2), 100.0)).sum()], 0, [])["gradient_norm"]
     assert norm > 100 and math.isfinite(loss)
 
 
@@ -266,8 +294,9 @@ def test_stop_after_some_minutes():
 
 def test_precision():
     cpu = torch.device("cpu")
-    assert use_bfloat16("bf16", cpu) and not use_bfloat16("fp32", cpu)
-    assert isinstance(use_bfloat16("auto", cpu), bool)
+    assert [number_type(name, cpu) for name in ("fp32", "bf16", "fp16")] == [torch.float32, torch.bfloat16,
+                                                                             torch.float16]
+    assert number_type("auto", cpu) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])

@@ -17,18 +17,21 @@ import torch
 
 from data.atlas import AtlasError, LabelImage, pattern_mask, roi_centres
 from data.augment import PairTransform
-from data.cache import Reading, cached_volume
+from data.cache import Reading
 from data.pairs import find_pairs
 from data.problems import DataError, PairError
 from data.split import split_subjects
-from data.study import Study, epoch_batches
-from tests.conftest import AFFINE, BOTH, ROOT, SIZES, ball, save, write_pairs
+from data.study import Study, steps_per_epoch, training_batch
+from tests.conftest import AFFINE, BOTH, ROOT, SIZES, ball, decoded, save, write_pairs
 
 
 def test_batches_cover_an_epoch():
-    first = epoch_batches(list(range(10)), 4, 0, 0)
-    assert sorted(i for batch in first for i in batch) == list(range(10)) and [len(b) for b in first] == [4, 4, 2]
-    assert first == epoch_batches(list(range(10)), 4, 0, 0) != epoch_batches(list(range(10)), 4, 0, 1)
+    positions = list(range(10))
+    assert steps_per_epoch(positions, 4) == 3
+    first, again, second = ([training_batch(positions, 4, 0, step) for step in steps]
+                            for steps in (range(3), range(3), range(3, 6)))
+    assert sorted(i for batch in first for i in batch) == positions and [len(b) for b in first] == [4, 4, 2]
+    assert first == again != second and sorted(i for batch in second for i in batch) == positions
 
 
 # ---- masks
@@ -82,17 +85,17 @@ READING = Reading("fmri", (11, 12, 13))
 
 def test_the_cache_is_used_and_never_stale(tmp_path):
     path = save(tmp_path / "x.nii.gz", ball(11, 12, 13))
-    first, facts = cached_volume(path, READING, tmp_path / "cache")
-    assert facts["low"] < facts["high"] and isinstance(first, np.memmap)
+    first, facts = decoded(path, READING, tmp_path / "cache")
+    assert facts["low"] < facts["high"] and first.dtype == np.float32
     times = {each: each.stat().st_mtime_ns for each in (tmp_path / "cache").iterdir()}
-    cached_volume(path, READING, tmp_path / "cache")
+    decoded(path, READING, tmp_path / "cache")
     assert times == {each: each.stat().st_mtime_ns for each in (tmp_path / "cache").iterdir()}
     before = path.stat()
     whole = nib.Nifti1Image(ball(11, 12, 13)[::-1].copy(), AFFINE).to_bytes()
     path.write_bytes(gzip.compress(whole, mtime=0)[:before.st_size].ljust(before.st_size, b"\0"))
     os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))  # same size, same time, another content
     try:
-        second, _ = cached_volume(path, READING, tmp_path / "cache")
+        second, _ = decoded(path, READING, tmp_path / "cache")
         assert not np.allclose(first, second)
     except DataError:
         pass  # cut to the old size it may be damaged: what matters is that the file was looked at
@@ -102,8 +105,8 @@ def test_the_cache_is_used_and_never_stale(tmp_path):
                                     {"reduce": "std"}])
 def test_every_setting_has_its_own_entry(tmp_path, change):
     path = save(tmp_path / "x.nii.gz", ball(11, 12, 13, 3))
-    first, _ = cached_volume(path, READING, tmp_path / "cache")
-    second, _ = cached_volume(path, dataclasses.replace(READING, **change), tmp_path / "cache")
+    first, _ = decoded(path, READING, tmp_path / "cache")
+    second, _ = decoded(path, dataclasses.replace(READING, **change), tmp_path / "cache")
     assert first.shape != second.shape or not np.allclose(first, second)
 
 
@@ -112,25 +115,26 @@ def test_b_values_are_part_of_the_key(tmp_path):
     lows = []
     for content in ("0 1000\n", "1000 0\n"):
         (tmp_path / "x_dwi.bval").write_text(content)
-        lows.append(cached_volume(path, reading, tmp_path / "cache")[1]["low"])
+        lows.append(decoded(path, reading, tmp_path / "cache")[1]["low"])
     assert lows[0] != lows[1]
 
 
 def test_a_damaged_entry_is_made_again(tmp_path):
     path = save(tmp_path / "x.nii.gz", ball(11, 12, 13))
-    first, _ = cached_volume(path, READING, tmp_path / "cache")
+    first, _ = decoded(path, READING, tmp_path / "cache")
     expected = first.copy()
     for entry in (tmp_path / "cache").iterdir():
         entry.write_bytes(entry.read_bytes()[:20])
-        np.testing.assert_array_equal(cached_volume(path, READING, tmp_path / "cache")[0], expected)
+        np.testing.assert_array_equal(decoded(path, READING, tmp_path / "cache")[0], expected)
 
 
 def test_several_processes_fill_one_cache_at_once(tmp_path):
     table = write_pairs(tmp_path / "s", subjects=4)
-    code = ("import sys, pathlib\nfrom data.pairs import find_pairs\nfrom data.cache import Reading, cached_volume\n"
+    code = ("import sys, pathlib\nfrom data.pairs import find_pairs\nfrom data.cache import Reading\n"
+            "from tests.conftest import decoded\n"
             "for pair in find_pairs(pathlib.Path(sys.argv[1]), ('fmri', 'dmri'))[0]:\n"
             "    for name, size in (('fmri', (12, 13, 11)), ('dmri', (16, 17, 14))):\n"
-            "        volume, facts = cached_volume(pair.files[name], Reading(name, size), pathlib.Path(sys.argv[2]))\n"
+            "        volume, facts = decoded(pair.files[name], Reading(name, size), pathlib.Path(sys.argv[2]))\n"
             "        print(pair.name, name, facts['content'], volume.sum())\n")
     children = [subprocess.Popen([sys.executable, "-c", code, str(table), str(tmp_path / "cache")], cwd=ROOT, text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(6)]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +21,9 @@ from opt import OptionError, Options, paper, small
 from tests.conftest import run_program
 from utils.arguments import comments, parse_arguments
 from utils.checkpoint import Checkpoint, CheckpointError, content_hash, read_checkpoint, refuse_another_run
+from utils.ema import EMA
 from utils.figures import Panel, save_grid
+from utils.files import FileError, remove_strays, replace_file, sole_writer, write_text
 from utils.logger import Log, LogError
 from utils.metrics import paired_gain, score, summary, write_metrics
 
@@ -176,61 +181,117 @@ def test_a_grid_shows_its_volumes_in_place(tmp_path):
 
 
 def test_a_continued_log_drops_what_comes_again(tmp_path):
-    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 0, "a")
+    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 0, 0, "a")
     for step in range(1, 6):
         log.write("training", step, loss=step / 3)
-    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 3, "a")
+    for step in (2, 3):
+        log.write("validation", step, loss=0.5)
+    with open(tmp_path / "log.csv", "ab") as file:
+        file.write(b"training\n\0\0\xff\ntraining,3")  # as a power cut may leave it
+    log = Log(tmp_path / "log.csv", ("kind", "step", "loss"), 3, 2, "a")
     log.write("training", 4, loss=9.0)
     with open(tmp_path / "log.csv") as file:
-        assert [(row["step"], row["loss"]) for row in csv.DictReader(file)][2:] == [("3", "1"), ("4", "9")]
+        rows = [(row["kind"], row["step"], row["loss"]) for row in csv.DictReader(file)]
+    assert rows == [("training", "1", "0.333333"), ("training", "2", "0.666667"), ("training", "3", "1"),
+                    ("validation", "2", "0.5"), ("training", "4", "9")]
     with pytest.raises(LogError, match="result_dir"):
-        Log(tmp_path / "log.csv", ("kind", "step"), 3, "b")
+        Log(tmp_path / "log.csv", ("kind", "step"), 3, 3, "b")
 
 
 # ---- checkpoints
 
 
-def checkpoint(value: float = 1.0) -> Checkpoint:
+def checkpoint(folder: Path, value: float = 1.0) -> Checkpoint:
     model = nn.Linear(2, 2)
     nn.init.constant_(model.weight, value)
-    return Checkpoint("stage 1", {"model": model}, {"options": {"a": (1, 2)}, "fingerprints": {"data": "x"}}, 0.5)
+    facts = {"options": {"a": (1, 2)}, "fingerprints": {"data": "x"}, "sizes": {}, "network": {}, "ranges": {}}
+    return Checkpoint("stage 1", folder, {"model": model, "ema": EMA(model, 0.9)}, facts, math.inf)
 
 
 def test_a_checkpoint_comes_back(tmp_path):
-    run = checkpoint()
-    run.step = 12
-    run.save(tmp_path / "a.pth")
-    other = checkpoint(5.0)
-    other.load(read_checkpoint(tmp_path / "a.pth", ("stage 1",)))
-    assert other.step == 12 and content_hash(other.parts["model"]) == content_hash(run.parts["model"])
-    assert content_hash(checkpoint(5.0).parts["model"]) != content_hash(run.parts["model"])
-    assert [each.name for each in tmp_path.iterdir()] == ["a.pth"]
-
-
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    run = checkpoint()
-    run.save(tmp_path / "a.pth")
-    before = (tmp_path / "a.pth").read_bytes()
-
-    def fails(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(OSError):
-        run.save(tmp_path / "a.pth")
-    assert (tmp_path / "a.pth").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    run = checkpoint(tmp_path)
+    run.step, run.reviewed = 12, 11
+    run.save(run.last)
+    other = checkpoint(tmp_path, 5.0)
+    assert other.resume(None, set())
+    assert (other.step, other.reviewed) == (12, 11) and other.run_id == run.run_id
+    assert content_hash(other.parts["model"]) == content_hash(run.parts["model"])
+    assert content_hash(checkpoint(tmp_path, 5.0).parts["model"]) != content_hash(run.parts["model"])
+    assert [each.name for each in tmp_path.iterdir()] == ["last_model.pth"]
 
 
 def test_another_stage_format_or_run_is_refused(tmp_path):
-    checkpoint().save(tmp_path / "a.pth")
+    path = tmp_path / "last_model.pth"
+    checkpoint(tmp_path).save(path)
     with pytest.raises(CheckpointError, match="is a checkpoint of stage 1, stage 2 is needed"):
-        read_checkpoint(tmp_path / "a.pth", ("stage 2",))
+        read_checkpoint(path, ("stage 2",))
+    saved = read_checkpoint(path, ("stage 1",))
     torch.save({"weights": 1}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="no checkpoint of this version"):
         read_checkpoint(tmp_path / "other.pth", ("stage 1",))
-    saved = read_checkpoint(tmp_path / "a.pth", ("stage 1",))
-    refuse_another_run(tmp_path / "a.pth", saved, {"a": [1, 2]}, {"data": "x"})
+    torch.save({**saved, "step": "many", "sizes": None}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="it lacks step, sizes"):
+        read_checkpoint(tmp_path / "other.pth", ("stage 1",))
+    refuse_another_run(path, saved, {"a": [1, 2]}, {"data": "x"})
     with pytest.raises(CheckpointError) as refusal:
-        refuse_another_run(tmp_path / "a.pth", saved, {"a": (1, 3)}, {"data": "y"})
+        refuse_another_run(path, saved, {"a": (1, 3)}, {"data": "y"})
     assert "a: (1, 2) there, (1, 3) now" in str(refusal.value) and "the data: not the same" in str(refusal.value)
+
+
+def test_weights_that_do_not_fit_are_not_loaded_in_part(tmp_path):
+    run = checkpoint(tmp_path)
+    run.save(run.last)
+    saved = read_checkpoint(run.last, ("stage 1",))
+    del saved["model"]["bias"]
+    torch.save(saved, run.last)
+    with pytest.raises(CheckpointError, match="last_model.pth: does not fit"):
+        checkpoint(tmp_path).resume(None, set())
+
+
+# ---- writing
+
+
+def test_R5_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "before")
+
+    def fails(file) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(FileError, match=r"a.txt: cannot be written \(No space left on device; [\d,.]+ MB are free"):
+        replace_file(path, fails, 4)
+    with pytest.raises(FileError, match="MB are needed"):
+        replace_file(path, fails, 2**62)
+    with pytest.raises(ZeroDivisionError):  # what is not the disk's fault stays what it is
+        replace_file(path, lambda file: 1 / 0, 4)
+    assert path.read_text() == "before" and [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    with pytest.raises(FileError, match="cannot be written"):
+        write_text(path / "below", "a file is no folder")
+
+
+def test_strays_are_removed_but_not_from_under_a_living_writer(tmp_path):
+    stray = tmp_path / "deep" / f".a.pth.{32 * '0'}.part"
+    stray.parent.mkdir()
+    stray.write_bytes(b"half")
+    others = [tmp_path / name for name in (".a.part", "b.part", f"{32 * '0'}.part")]
+    for path in others:
+        path.touch()
+
+    def write(file) -> None:
+        remove_strays(tmp_path)  # as another process would
+        file.write(b"whole")
+
+    replace_file(tmp_path / "c.bin", write, 5)
+    assert not stray.exists() and (tmp_path / "c.bin").read_bytes() == b"whole"
+    assert all(path.exists() for path in others)
+
+
+def test_one_writer_in_a_folder(tmp_path):
+    refused = pytest.raises(FileError, match=f"another run writes there .process {os.getpid()} on")
+    with sole_writer(str(tmp_path / "."), str(tmp_path)), refused:  # one folder under two names
+        sole_writer(str(tmp_path)).__enter__()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".lock").write_text("of a run that was killed")
+    with sole_writer(str(tmp_path)):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()

@@ -14,13 +14,13 @@ import pytest
 from nibabel.processing import resample_from_to
 from nibabel.testing import data_path
 
-from data.cache import Reading, cached_volume
+from data.cache import Reading
 from data.grids import onto_grid, pad_crop, resample
 from data.intensity import INTENSITY, brain_region, normalise, scale, to_units
 from data.problems import VolumeError
 from data.volumes import REDUCTIONS, read_volume, write_volume
 from opt import small
-from tests.conftest import AFFINE, LGG, ROOT, TRACTOR, ball, needs_shared, save, turned
+from tests.conftest import AFFINE, LGG, ROOT, TRACTOR, ball, decoded, needs_shared, save, turned
 
 REAL = Path(data_path)
 
@@ -137,7 +137,7 @@ def test_D3_voxels_that_are_no_numbers(tmp_path, bad):
         scan = read_volume(path)
         assert scan.repaired == count and np.isfinite(scan.voxels).all()
         assert scan.voxels[0, 0, 0] == scan.voxels.min() == np.nanmin(voxels[np.isfinite(voxels)])
-        trained, facts = cached_volume(path, Reading("fmri", (12, 13, 14)), tmp_path / "cache")
+        trained, facts = decoded(path, Reading("fmri", (12, 13, 14)), tmp_path / "cache")
         assert np.isfinite(trained).all() and np.abs(trained).max() <= 1 and facts["repaired"] == count
     with pytest.raises(VolumeError, match="no finite voxel"):
         read_volume(save(tmp_path / "all.nii", np.full_like(voxels, bad)))
@@ -199,9 +199,9 @@ def test_D6_another_size_is_refused_or_brought_to_the_one_asked_for(tmp_path):
     path = save(tmp_path / "x.nii", ball(20, 12, 13))
     with pytest.raises(VolumeError, match=r"size 20x12x13, but opt.image_size asks 14x14x14 of t1.*--image_size "
                                           r't1=20x12x13.*opt.resize = "resample" or "pad_crop"'):
-        cached_volume(path, Reading("t1", (14, 14, 14)), tmp_path)
+        decoded(path, Reading("t1", (14, 14, 14)), tmp_path)
     for how in ("resample", "pad_crop"):
-        volume, facts = cached_volume(path, Reading("t1", (14, 14, 14), resize=how), tmp_path)
+        volume, facts = decoded(path, Reading("t1", (14, 14, 14), resize=how), tmp_path)
         assert volume.shape == (14, 14, 14)
         assert not np.allclose(facts["affine"], AFFINE)
 
@@ -310,7 +310,7 @@ def test_D11_what_is_written_has_the_frame_of_its_reference(tmp_path, how, real)
         nib.save(image, path)
     scan = read_volume(path)
     size = scan.voxels.shape if how == "none" else (24, 20, 22)
-    volume, facts = cached_volume(path, Reading("t1", size, resize=how), tmp_path / "cache")
+    volume, facts = decoded(path, Reading("t1", size, resize=how), tmp_path / "cache")
     write_volume(tmp_path / "out.nii.gz", np.asarray(volume), np.array(facts["affine"]), path)
     written, reference = nib.load(tmp_path / "out.nii.gz"), nib.load(path)
     assert written.shape == reference.shape

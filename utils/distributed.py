@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 LONGEST_WAIT = timedelta(hours=2)  # while the first rank draws pictures or reads a study; a rank that dies ends the job
-GRACE = 5.0  # seconds in which torchrun ends a rank that failed for the same reason as the first
+GRACE = 5.0  # seconds in which torchrun notices that a rank has ended
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -101,11 +100,18 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def let_the_first_speak() -> None:
-    """Before an error is shown: where the first rank ends, too, torchrun ends this one meanwhile."""
-    if int(os.environ.get("RANK", "0")):
-        time.sleep(GRACE)
-        print(f"rank {os.environ['RANK']}:", file=sys.stderr)
+def ended_by_another_rank(stop: object, refusal: bool = False) -> bool:
+    """After an error: whether it is only that another rank ended first, for which torchrun asks this one to `stop`.
+
+    Waits a little for that. A refusal of the first rank is its own.
+    """
+    number = int(os.environ.get("RANK", "0"))
+    if not dist.is_torchelastic_launched() or (refusal and number == 0):
+        return False
+    end = time.monotonic() + (2 * GRACE if number else GRACE)  # where all fail alike, the first one tells
+    while not stop and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(stop)
 
 
 def share(items: Sequence) -> list:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
+from utils.files import replace_file
+
 HEIGHT = 120  # pixels of the tallest slice
 GAP, LABEL, FONT = 4, 150, 14
 RED = np.array([255.0, 40, 40])
@@ -71,7 +73,10 @@ def _width(panel: Panel) -> int:
 
 
 def save_grid(path: Path, title: str, columns: list[str], rows: list[tuple[str, list[Panel | None]]]) -> None:
-    """Write a PNG: a title, a header of column names, and rows of (label, one panel per column or None)."""
+    """Write a PNG: a title, a header of column names, and rows of (label, one panel per column or None).
+
+    Raises FileError.
+    """
     panels = [panel for _, row in rows for panel in row]
     width = max(_width(panel) for panel in panels if panel)
     empty = torch.zeros(3, HEIGHT + FONT + 4, width, dtype=torch.uint8)
@@ -90,7 +95,4 @@ def save_grid(path: Path, title: str, columns: list[str], rows: list[tuple[str, 
         for column, panel in enumerate(row):
             if panel:
                 draw.text((LABEL + GAP + column * (width + GAP) + 1, y), "L", fill=(120, 120, 120), font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    canvas.save(temporary, format="PNG")
-    temporary.replace(path)
+    replace_file(path, lambda file: canvas.save(file, format="PNG"), 3 * canvas.width * canvas.height)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 from utils.distributed import writes
+from utils.files import cannot_write, write_table, write_text
 
 
 class LogError(ValueError):
@@ -14,38 +14,37 @@ class LogError(ValueError):
 
 
 class Log:
-    """Appends rows to a CSV file, on the first rank. A continued run first drops the rows after its step.
+    """Appends rows to a CSV file, on the first rank. A continued run first drops the rows of what it does again.
 
-    columns: the first two must be "kind" (training or validation) and "step". run_id: the same for a run and its
-    continuations, kept in run_id.txt beside the log. Raises LogError where the file holds the steps of another run.
+    columns: the first two must be "kind" (training or validation) and "step". step, reviewed: the last step that is
+    trained, and validated. run_id: the same for a run and its continuations, kept in run_id.txt beside the log.
+    Raises LogError where the file holds the steps of another run, FileError where it cannot be written.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], step: int, run_id: str):
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int, reviewed: int, run_id: str):
         self.path, self.columns = path, columns
         if not writes():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept, owner = [], path.with_name("run_id.txt")
+        rows, last, owner = [], {"training": step, "validation": reviewed}, path.with_name("run_id.txt")
         if path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-            kept = [row for row in rows if int(row["step"]) <= step]
+            with open(path, newline="", errors="replace") as file:  # what a power cut tore is dropped
+                rows = [row for row in csv.DictReader(line.replace("\0", "") for line in file)
+                        if row.get("kind") in last and None not in row.values() and row["step"].isdigit()]
             if rows and (not owner.exists() or owner.read_text() != run_id):
                 raise LogError(f"{path} belongs to a run whose checkpoint is not in opt.checkpoint_dir. It is left as "
                                "it is; set opt.result_dir to another folder, or move the old results away")
-        owner.write_text(run_id)
-        temporary = path.with_name(f".{path.name}.part")
-        with open(temporary, "w", newline="") as file:
-            rows = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            rows.writeheader()
-            rows.writerows(kept)
-        os.replace(temporary, path)
+        write_table(path, columns, [row for row in rows if int(row["step"]) <= last[row["kind"]]])
+        write_text(owner, run_id)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row; floats with six significant digits."""
         if not writes():
             return
         row = {"kind": kind, "step": step, **values}
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(
-                f"{row[name]:.6g}" if isinstance(row.get(name), float) else row.get(name, "") for name in self.columns)
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(
+                    f"{row[name]:.6g}" if isinstance(row.get(name), float) else row.get(name, "")
+                    for name in self.columns)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error

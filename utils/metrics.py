@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import bootstrap
 from skimage.metrics import structural_similarity
+
+from utils.files import write_table
 
 DATA_RANGE = 2.0
 COLUMNS = ("subject", "direction", "volume", "region", "psnr", "ssim", "mae")
@@ -38,15 +39,8 @@ def psnr(error: np.ndarray) -> float:
 
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
-    """Write rows with the keys of COLUMNS as CSV, replacing the file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows({key: f"{value:.5f}" if isinstance(value, float) else value for key, value in row.items()}
-                        for row in rows)
-    temporary.replace(path)
+    """Write rows with the keys of COLUMNS as CSV, replacing the file as a whole. Raises FileError."""
+    write_table(path, COLUMNS, rows, ".5f")
 
 
 def paired_gain(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
