@@ -11,16 +11,24 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from data.cache import Reading, cached_volume, load_volume
 
 ROOT = Path(__file__).resolve().parent.parent
+CHILD = {**os.environ, "OMP_NUM_THREADS": "2"}
 SIZES = {"fmri": (12, 13, 11), "dmri": (16, 17, 14)}
 SPACING = {"fmri": 14.0, "dmri": 11.0}
 TINY = ["--image_size", "fmri=12x13x11", "dmri=16x17x14", "--base_channels", "8", "--unet_depth", "2", "--epochs", "3",
         "--refine_epochs", "3", "--batch_size", "2", "--sampling_steps", "3", "--warmup_steps", "2",
         "--coarse_samples", "1", "--num_samples", "1", "--validate_every", "1", "--folds", "3", "--precision", "fp32",
         "--device", "cpu"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    """As in the children: the last bits of a sum depend on how many threads it is divided among."""
+    torch.set_num_threads(2)
 
 
 def brain(size: tuple[int, int, int], radius: float, contrast: float, seed: int) -> np.ndarray:
@@ -73,13 +81,38 @@ def arguments(csv_file: Path, folder: Path, *more: str) -> list[str]:
 def run_program(*words: str, timeout: float = 240) -> subprocess.CompletedProcess:
     """`python main.py` with these words in a child process."""
     return subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "2"})
+                          timeout=timeout, env=CHILD)
 
 
 def decoded(path: Path, reading: Reading, cache_dir: Path) -> tuple[np.ndarray, dict]:
     """A file as it is trained on, and what is known of it."""
     file, facts = cached_volume(path, reading, cache_dir)
     return load_volume(file), facts
+
+
+def refine_arguments(csv_file: Path, folder: Path, *more: str) -> list[str]:
+    """Words of a tiny stage 2 on the backbone in the same folder."""
+    return arguments(csv_file, folder, "--refine", "--resume_path", str(folder / "checkpoints/best_model.pth"), *more)
+
+
+@pytest.fixture(scope="session")
+def trained(study_csv, tmp_path_factory) -> Path:
+    """A folder with a finished stage 1 and stage 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    for number, words in enumerate((arguments(study_csv, folder), refine_arguments(study_csv, folder)), start=1):
+        done = run_program(*words)
+        assert done.returncode == 0, done.stderr
+        (folder / f"stage{number}.txt").write_text(done.stdout)
+    return folder
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
 
 
 BOTH = ("fmri", "dmri")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import train
+from benchmarks.kills import identical
 from opt import small
-from tests.conftest import ROOT, arguments, run_program, write_pairs
-from tests.test_program import read_csv, same, weights
+from tests.conftest import ROOT, arguments, read_csv, run_program, weights, write_pairs
 from utils import distributed
 
 
@@ -57,7 +57,7 @@ def both(pairs, tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize("stage", ["stage1", "refine"])
-def test_t5_two_ranks_have_the_curve_of_one(both, stage):
+def test_T5_two_ranks_have_the_curve_of_one(both, stage):
     one, two = (losses(both[ranks], stage) for ranks in (1, 2))
     assert len(one) == len(two) == 20
     assert two == pytest.approx(one, abs=1e-4)
@@ -99,7 +99,7 @@ def test_ranks_stop_together_and_continue_exactly(pairs, both, tmp_path):
     ended, never_stopped = (weights(folder / "checkpoints/last_model.pth") for folder in (tmp_path, both[2]))
     assert ended["step"] == never_stopped["step"] == 20
     for part in ("model", "ema", "optimiser"):
-        assert same(ended[part], never_stopped[part])
+        assert identical(ended[part], never_stopped[part])
 
 
 def test_a_refusal_is_said_once(pairs, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import pickle
 import signal
@@ -18,44 +17,8 @@ import torch
 from PIL import Image
 
 import main
-from tests.conftest import ROOT, SIZES, arguments, run_program, write_pairs
-
-
-@pytest.fixture(scope="module")
-def trained(study_csv, tmp_path_factory) -> Path:
-    """A folder with a finished stage 1 and stage 2."""
-    folder = tmp_path_factory.mktemp("trained")
-    first = run_program(*arguments(study_csv, folder))
-    assert first.returncode == 0, first.stderr
-    second = run_program(*refine_arguments(study_csv, folder))
-    assert second.returncode == 0, second.stderr
-    (folder / "stage1.txt").write_text(first.stdout)
-    (folder / "stage2.txt").write_text(second.stdout)
-    return folder
-
-
-def refine_arguments(csv_file: Path, folder: Path, *more: str) -> list[str]:
-    return arguments(csv_file, folder, "--refine", "--resume_path", str(folder / "checkpoints/best_model.pth"), *more)
-
-
-def read_csv(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b) -> bool:
-    """Whether two checkpoints hold bit-identical values."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+from benchmarks.kills import identical
+from tests.conftest import CHILD, ROOT, SIZES, arguments, read_csv, refine_arguments, run_program, weights, write_pairs
 
 
 def test_stage_1_leaves_what_the_readme_promises(trained):
@@ -102,7 +65,7 @@ def test_a_finished_run_says_so(trained, study_csv):
         assert again.returncode == 0 and "is finished" in again.stdout
 
 
-def test_another_run_is_refused_and_left_alone(trained, study_csv):
+def test_R9_another_run_is_refused_and_left_alone(trained, study_csv):
     before = (trained / "checkpoints/last_model.pth").read_bytes()
     refused = run_program(*arguments(study_csv, trained, "--learning_rate", "0.5"))
     assert refused.returncode == 2
@@ -118,7 +81,7 @@ def test_another_result_folder_is_left_alone(trained, study_csv, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_stopped_and_continued_equals_never_stopped(trained, study_csv, tmp_path, stage):
+def test_R4_stopped_and_continued_equals_never_stopped(trained, study_csv, tmp_path, stage):
     """Stopped by --max_steps in the middle of an epoch is another schedule, so the stop is a signal."""
     def words(folder):
         if stage == 1:
@@ -127,7 +90,7 @@ def test_stopped_and_continued_equals_never_stopped(trained, study_csv, tmp_path
 
     name = "last_model.pth" if stage == 1 else "last_refine.pth"
     child = subprocess.Popen([sys.executable, "main.py", *words(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+                             stderr=subprocess.PIPE, text=True, env=CHILD)
     log = tmp_path / ("results/stage1/log.csv" if stage == 1 else "results/refine/log.csv")
     while child.poll() is None and not (log.exists() and "training" in log.read_text()):
         time.sleep(0.01)
@@ -142,7 +105,7 @@ def test_stopped_and_continued_equals_never_stopped(trained, study_csv, tmp_path
     assert again.returncode == 0 and f"after step {stopped}" in again.stdout, again.stderr
     continued = weights(tmp_path / "checkpoints" / name)
     for part in ("model", "ema", "optimiser", "step", "best"):
-        assert same(continued[part], whole[part]), part
+        assert identical(continued[part], whole[part]), part
 
 
 def test_wrong_image_size_is_one_message(study_csv, tmp_path):
@@ -235,7 +198,7 @@ def refusal(capsys, words: list[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_refinement_needs_a_backbone(study_csv, tmp_path, capsys):
+def test_R10_refinement_needs_a_backbone(study_csv, tmp_path, capsys):
     assert "resume_path" in refusal(capsys, arguments(study_csv, tmp_path, "--refine"))
     message = refusal(capsys, arguments(study_csv, tmp_path, "--refine", "--resume_path", str(tmp_path / "none.pth")))
     assert "none.pth" in message and "no such checkpoint" in message
@@ -247,7 +210,7 @@ def test_refinement_refuses_a_backbone_of_another_split(trained, study_csv, tmp_
     assert "fold: 0 there, 1 now" in message and "split" in message
 
 
-def test_stage_1_refuses_a_stage_2_checkpoint(trained, study_csv, tmp_path, capsys):
+def test_R9_stage_1_refuses_a_stage_2_checkpoint(trained, study_csv, tmp_path, capsys):
     words = arguments(study_csv, tmp_path, "--resume_path", str(trained / "checkpoints/best_refine.pth"))
     assert "stage 2" in refusal(capsys, words)
 
@@ -270,7 +233,7 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
-def test_damaged_or_malicious_checkpoints_run_no_code(trained, study_csv, tmp_path, capsys):
+def test_R8_damaged_or_malicious_checkpoints_run_no_code(trained, study_csv, tmp_path, capsys):
     for name, content in (("empty.pth", b""), ("page.pth", b"<html></html>"),
                           ("pickle.pth", pickle.dumps(Malicious(tmp_path / "owned")))):
         (tmp_path / name).write_bytes(content)
@@ -317,20 +280,20 @@ def test_devices_and_processes_that_are_not_there(study_csv, tmp_path, capsys, m
     assert "not by torchrun" in refusal(capsys, arguments(study_csv, tmp_path))
 
 
-def test_a_warm_start_needs_the_same_network(trained, study_csv, tmp_path, capsys):
+def test_R9_a_warm_start_needs_the_same_network(trained, study_csv, tmp_path, capsys):
     words = refine_arguments(study_csv, trained, "--base_channels", "16", "--checkpoint_dir", str(tmp_path))
     message = refusal(capsys, words)
     assert "opt.warm_start" in message and "channels = 8 there, 16 now" in message
     assert main.main([*words, "--no-warm_start", "--result_dir", str(tmp_path)]) == 0
 
 
-def test_output_folder_that_cannot_be_written(study_csv, tmp_path, capsys):
+def test_R6_output_folder_that_cannot_be_written(study_csv, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = refusal(capsys, arguments(study_csv, tmp_path, "--checkpoint_dir", str(tmp_path / "file" / "below")))
     assert "checkpoint_dir" in message
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(study_csv, tmp_path, capsys, monkeypatch):
+def test_T1_a_loss_that_is_not_finite_stops_the_run(study_csv, tmp_path, capsys, monkeypatch):
     import train
 
     monkeypatch.setattr(train, "pattern_aware_loss", lambda prediction, *_, **__: prediction.sum() * float("nan"))
@@ -353,8 +316,8 @@ def test_one_subject_and_one_fold(tmp_path, capsys):
 GOLDEN = [0.885358, 0.352946, 0.367551, 0.225074]
 
 
-def test_same_seed_same_losses_and_a_golden_value(study_csv, tmp_path):
-    """T7, and a loss that must not drift unnoticed: float32 on the CPU, four steps of the tiny configuration."""
+def test_T7_same_seed_same_losses_and_a_golden_value(study_csv, tmp_path):
+    """And a loss that must not drift unnoticed: float32 on the CPU, four steps of the tiny configuration."""
     logs = []
     for name in ("a", "b"):
         assert main.main(arguments(study_csv, tmp_path / name, "--max_steps", "4")) == 0

@@ -154,7 +154,7 @@ def no_connection(*_: object) -> None:
     raise AssertionError("a connection was tried")
 
 
-def test_without_weights_of_vgg16_stage_2_says_so_once(backbone, study_csv, tmp_path, monkeypatch, capsys):
+def test_T8_without_weights_of_vgg16_stage_2_says_so_once(backbone, study_csv, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(socket.socket, "connect", no_connection)
     assert main.main(words_for(backbone, study_csv, tmp_path)) == 0
@@ -218,7 +218,7 @@ def test_weights_that_are_none_are_refused(backbone, study_csv, tmp_path, weight
     assert isinstance(load_perceptual_loss("", False), PerceptualLoss)
 
 
-def test_weights_are_fetched_only_when_asked_to(tmp_path, weights, monkeypatch):
+def test_T8_weights_are_fetched_only_when_asked_to(tmp_path, weights, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     asked = []
 

@@ -21,6 +21,8 @@ FILES = {"stage 1": ("last_model.pth", "best_model.pth"), "stage 2": ("last_refi
 KEYS = {"step": int, "best": float, "run_id": str, "options": dict, "fingerprints": dict, "sizes": dict,
         "network": dict, "ranges": dict, "model": dict, "ema": dict}
 STAGE_2_KEYS = {"backbone": dict}
+RECORD = 600  # bytes that a tensor takes beside its values
+DIRECTORY = 0x10  # a bit of a zip record's attributes
 UNREADABLE = (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError,
               AttributeError, TypeError, AssertionError, NotImplementedError, struct.error)
 UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)  # what a wrong state dict raises
@@ -118,9 +120,9 @@ class Checkpoint:
 
 
 def _bytes(value: object) -> int:
-    """Bytes of all tensors in a nested state."""
+    """Bytes of a file with all tensors in a nested state."""
     if isinstance(value, torch.Tensor):
-        return value.nbytes
+        return value.nbytes + RECORD
     if isinstance(value, dict):
         return sum(map(_bytes, value.values()))
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
@@ -152,8 +154,9 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
         raise CheckpointError(f"{path}: there is no such checkpoint; set opt.resume_path to one that exists")
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not check the records' CRCs
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("its records are compressed")
+            if any(record.compress_type != zipfile.ZIP_STORED or record.external_attr & DIRECTORY
+                   for record in archive.infolist()):  # torch reads what is marked as a folder as anything
+                raise ValueError("its records are not as torch writes them")
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
