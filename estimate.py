@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from models.diffusion import GIVEN
 from models.layers import Conv3d
@@ -54,16 +54,18 @@ class Attention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Memory(TorchDispatchMode):
-    """Adds up the storages that are alive; `peak` is the most there ever were, in bytes."""
+class Work(TorchDispatchMode):
+    """Adds up the storages that are alive, `peak` is the most there ever were, in bytes; and the arithmetic, `flop`."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = set(), 0, 0
+        self.alive, self.now, self.peak, self.flop = set(), 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._see, made)
+        if counts := flop_registry.get(func.overloadpacket):
+            self.flop += counts(*args, **(kwargs or {}), out_val=made)
         return made
 
     def _see(self, tensor: Tensor) -> None:
@@ -94,20 +96,16 @@ def step_cost(opt, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Cos
                 net = network.direction(source, target)
                 net(volumes[source], volumes[target], *t).square().mean().backward()
 
-        with Attention() as attention:
-            with FlopCounterMode(display=False) as counter:
-                walk()
-            network.zero_grad()
-            flop = (counter.get_total_flops() + attention.flop) * mine / together
-            with Memory() as memory:  # apart: what counts keeps tensors alive
-                walk()
+        with Attention() as attention, Work() as work:
+            walk()
+    flop = (work.flop + attention.flop) * mine / together
     flop *= math.ceil(2 * opt.batch_size / world()) / (2 * mine)  # what is dealt are single directions
     if not opt.refine and opt.timestep_coupling == "independent":
         flop *= 1 - GIVEN / 2  # what is given is not computed
     parameters = sum(p.numel() for p in network.parameters())
     # weights, EMA, and two averages of Adam's; the backbone, and its checkpoint
     kept, gradients = 4 * parameters * (4 + (2 if opt.refine else 0)), 4 * parameters
-    features = memory.peak - gradients
+    features = work.peak - gradients
     half = dtype != torch.float32
     least = features / (2 if half else 1) + gradients + kept
     expected = KEPT_FREE * features * (0.7 if half else 1) + gradients + kept + PROGRAM  # norms stay float32

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +47,8 @@ from utils.distributed import (
     world,
     writes,
 )
-from utils.files import FileError, remove_strays, sole_writer
-from utils.logger import LogError
+from utils.files import FileError, make_writable, remove_strays, sole_writer
+from utils.logger import LogError, still_heard
 from utils.optimise import Interrupted, StopRequest, TrainingError, number_type
 
 FINISHED, REFUSED, STOPPED = 0, 2, 3
@@ -62,6 +61,7 @@ def find_study(opt, watch: Callable = iter) -> tuple[list[Pair], list[Problem], 
     root = Path(opt.data_root)
     if root == Path(small().data_root) and not (root / phantom.COMPLETE).exists():
         print(f"Writing the demo data set to {root} ...")
+        remove_strays(root)  # of a writing that was killed
         phantom.write_demo(root, lambda subjects: watch(tqdm(subjects, unit="subject")))
     pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix)
     try:
@@ -164,23 +164,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_writable(*folders: str) -> None:
-    """Create the output folders before any work. Raises OptionError where one cannot be written to."""
-    for name in folders:
-        try:
-            Path(name).mkdir(parents=True, exist_ok=True)
-            probe = Path(name) / f".writable.{os.getpid()}"
-            probe.touch()
-            probe.unlink(missing_ok=True)  # another rank may have the same number on its machine
-        except OSError as error:
-            raise OptionError(f"the output folder {name} cannot be written to ({error.strerror}); "
-                              "choose another opt.checkpoint_dir, opt.result_dir or opt.cache_dir") from error
-
-
 def run(settings, stop: StopRequest) -> int:
     """Validate, then check the study, or read and describe it and train the stage asked for; returns the exit status.
     """
     settings.validate()
+    stop.end_after(settings.max_minutes)
     device = choose_device(settings.device)
     roi_centres(tuple(settings.pattern_networks))  # refuses unknown names before any data is read
     if settings.check:
@@ -195,12 +183,12 @@ def run(settings, stop: StopRequest) -> int:
         state = None
         if settings.refine:  # before any data is read
             state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))
-        results = str(Path(settings.result_dir) / ("refine" if settings.refine else "stage1"))
-        make_writable(settings.checkpoint_dir, results, settings.cache_dir)
+        folders = settings.checkpoint_dir, settings.result_dir, settings.cache_dir
+        make_writable(*folders, Path(settings.result_dir) / ("refine" if settings.refine else "stage1"))
         if writes():
             held.enter_context(sole_writer(settings.checkpoint_dir, settings.result_dir))
         with first_on_each_machine():
-            for folder in (settings.checkpoint_dir, settings.result_dir, settings.cache_dir):
+            for folder in folders:
                 remove_strays(Path(folder))
             study = read_study(settings, stop.watch)
         describe(settings, study, device)
@@ -212,20 +200,19 @@ def run(settings, stop: StopRequest) -> int:
 def main(argv: list[str]) -> int:
     settings = parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0])
     nib.imageglobals.logger.setLevel("CRITICAL")  # what it would say of a header, data/volumes.py says with the file
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
-        with StopRequest(settings.max_minutes) as stop:
+        with StopRequest() as stop, still_heard():
             try:
                 return run(settings, stop)
             except Interrupted:
-                print(f"Stopped ({stop.reason}); the same command continues.", flush=True)
+                print(f"Stopped ({stop.reason}); the same command goes on.", flush=True)
                 return STOPPED
             except REFUSALS as error:
-                if not ended_by_another_rank(stop, refusal=True):
+                if not ended_by_another_rank(error, stop):
                     print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
                 return REFUSED
-            except Exception:
-                if not ended_by_another_rank(stop):
+            except Exception as error:
+                if not ended_by_another_rank(error, stop):
                     raise
                 if writes():
                     print("\nPDS stopped, because another rank has ended; the same command continues from the last "

@@ -31,7 +31,7 @@ from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, t
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
 from utils.checkpoint import Checkpoint
-from utils.distributed import parallel, rank, share, summed, to_device, wait, writes
+from utils.distributed import any_rank, parallel, rank, share, summed, to_device, wait, writes
 from utils.ema import EMA
 from utils.figures import Panel, save_grid
 from utils.logger import Log
@@ -140,7 +140,7 @@ def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: S
     torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, step, rank()).initial_seed())
     values = optimiser.update(backbone.network, diffusion_losses(backbone, opt, study, batch, step), step,
                               [study.pairs[i].name for i in batch])
-    if values["learning_rate"]:  # else no step was taken
+    if values["taken"]:
         ema.update(backbone.network)
     return values
 
@@ -277,9 +277,11 @@ def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.", flush=True)
         wait()  # torchrun ends all ranks with the first that leaves: not while one is writing
         return False
-    if writes() and not run.best.exists():  # a finished run, continued in another folder, or its best is gone
-        run.save(run.best)
-        print(f"note: {run.best} was not there: the model of the last step stands in for the best")
+    if any_rank(writes() and not run.best.exists()):  # a finished run, continued in another folder, or its best is gone
+        value = validate(smooth, study, opt.seed, opt.batch_size, stop.watch)
+        if stop.agreed():
+            raise Interrupted
+        run.stand_in(value)
     print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best_value:.4f}. To train longer, "
           f"raise opt.epochs.\nPictures: {folder}. Model: {run.best}\n"
           f"Next: python main.py --refine --resume_path {run.best}")

@@ -119,7 +119,7 @@ def train_step(network: nn.Module, ema: EMA, optimiser: Optimiser, work: Refinem
     sums = dict.fromkeys(LOSSES, torch.zeros((), device=work.device))
     values = optimiser.update(network, refinement_losses(network, work, batch, step, sums), step,
                               [work.study.pairs[i].name for i in batch])
-    if values["learning_rate"]:  # else no step was taken
+    if values["taken"]:
         ema.update(network)
     found = dict(zip(LOSSES, summed(*torch.stack(list(sums.values())).tolist())))
     share_of_it = work.opt.perceptual_weight * found["perceptual_loss"] / values["loss"] if values["loss"] else 0.0
@@ -242,7 +242,8 @@ def train_refine(opt, study: Study, device: torch.device, state: dict, stop: Sto
         write_split(folder / "split.csv", study.pairs, study.roles)
     work = Refinement(opt, study, backbone, backbone_hash, perceptual, stop)
     if stop.agreed():
-        print(f"Stopped while coarse volumes were sampled ({stop.reason}); the same command continues.")
+        print(f"Stopped before training ({stop.reason}); the same command continues.", flush=True)
+        wait()
         return False
     if not continued:
         for each in (network, ema.model):
@@ -269,16 +270,17 @@ def train_refine(opt, study: Study, device: torch.device, state: dict, stop: Sto
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); the same command continues.", flush=True)
         wait()  # torchrun ends all ranks with the first that leaves: not while one is writing
         return False
-    finish(run, ema.model, work, folder)
+    finish(run, ema.model, work, folder, stop)
     return True
 
 
-def finish(run: Checkpoint, smooth: RefineNet, work: Refinement, folder: Path) -> None:
+def finish(run: Checkpoint, smooth: RefineNet, work: Refinement, folder: Path, stop: StopRequest) -> None:
     """Score the best model on the test subjects: metrics.csv, and a table. smooth: the average of the last step."""
     if any_rank(writes() and not run.best.exists()):  # a finished run, continued in another folder, or its best is gone
-        run.best_value = validation_psnr(smooth, work)
-        run.save(run.best)
-        print(f"note: {run.best} was not there: the model of the last step stands in for the best")
+        value = validation_psnr(smooth, work)
+        if stop.agreed():
+            raise Interrupted
+        run.stand_in(value)
     if not writes():
         return
     rows = report(open_refined(read_checkpoint(run.best, (STAGE,)), work.device), work)

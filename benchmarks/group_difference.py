@@ -64,7 +64,6 @@ def kept(made: np.ndarray, real: np.ndarray, groups: np.ndarray) -> tuple[float,
 
 
 def report(checkpoint: Path, settings) -> None:
-    main.allow_many_files()
     state = read_checkpoint(checkpoint, (STAGE,))
     for name, value in state["options"].items():  # as the run had them, but for where things are
         if name not in ("data_root", "cache_dir", "device"):

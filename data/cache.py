@@ -68,6 +68,8 @@ def load_volume(path: Path) -> np.ndarray:
         with open(path, "rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
         raise VolumeError(path, f"has become unreadable ({error})", "the same command makes it again, and continues "
                           "from the last checkpoint; opt.cache_dir names the folder") from error
 

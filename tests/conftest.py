@@ -31,6 +31,30 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+# Ahead of the program: after the n-th call of module.name, or before it, a signal
+SIGNAL = """
+import importlib, os, signal, sys, time
+module, name, count, number = importlib.import_module({module!r}), {name!r}, {count}, {number}
+whole, calls = getattr(module, name), []
+def asked(*arguments, **named):
+    calls.append(1)
+    if {after}:
+        result = whole(*arguments, **named)
+    if len(calls) == count:
+        print("signal at", time.time(), file=sys.stderr, flush=True)
+        os.kill(os.getpid(), number)
+    return result if {after} else whole(*arguments, **named)
+setattr(module, name, asked)
+import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def signalled(module: str, name: str, count: int, number: int, after: bool = False) -> str:
+    """A program that is `main.py`, but sends itself a signal at the count-th call of a function."""
+    return SIGNAL.format(module=module, name=name, count=count, number=int(number), after=after)
+
+
 def brain(size: tuple[int, int, int], radius: float, contrast: float, seed: int) -> np.ndarray:
     """A noisy ball with a core, which stands for a brain; (X, Y, Z) float32."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij"))
@@ -104,6 +128,16 @@ def trained(study_csv, tmp_path_factory) -> Path:
         assert done.returncode == 0, done.stderr
         (folder / f"stage{number}.txt").write_text(done.stdout)
     return folder
+
+
+class Malicious:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
 
 
 def read_csv(path: Path) -> list[dict]:

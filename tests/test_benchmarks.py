@@ -44,7 +44,7 @@ class Copyist(Backbone):
     """Knows the answer: what it samples are the subjects themselves."""
 
     def __init__(self, network, study):
-        super().__init__(network, None, "independent", torch.device("cpu"), False)
+        super().__init__(network, None, "independent", torch.device("cpu"), torch.float32)
         self.study, self.calls = study, 0
 
     def sample(self, keys, sizes, steps, sampler, eta, given=None, progress=iter):
@@ -89,7 +89,7 @@ def test_cost_of_loading(settings, monkeypatch):
 
 def test_errors_of_samplers(checkpoint, settings):
     study = main.read_study(settings)
-    backbone = Backbone.from_checkpoint(read_checkpoint(checkpoint, ("stage 1",)), torch.device("cpu"), False)
+    backbone = Backbone.from_checkpoint(read_checkpoint(checkpoint, ("stage 1",)), torch.device("cpu"), torch.float32)
     rows = sampling.compare(backbone, study, 0, (("dpmpp", 5), ("dpmpp", 40)), ("dpmpp", 40))
     assert {row["what"] for row in rows} == {"joint", "given fmri", "given dmri"}
     for row in rows:
@@ -162,7 +162,7 @@ def test_cost_of_a_step(settings):
     assert rows[1]["exponent"] is None and np.isfinite(rows[0]["exponent"])
     assert rows[2]["tflop"] > 2 * rows[0]["tflop"]  # 27,648 voxels against 5,524
     assert json.loads(json.dumps(rows)) == rows
-    assert "| tiny | 1 | 12x13x11/16x17x14 | 2 | fp32 |" in step.table(rows)
+    assert "| tiny | 1 | 12x13x11/16x17x14 | 2 | float32 |" in step.table(rows)
 
 
 def test_plain_is_the_same_network(settings, monkeypatch):

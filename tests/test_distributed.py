@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import train
-from benchmarks.kills import identical
+from benchmarks.kills import SAME, identical
 from opt import small
-from tests.conftest import ROOT, arguments, read_csv, run_program, weights, write_pairs
+from tests.conftest import ROOT, arguments, read_csv, run_program, signalled, weights, write_pairs
 from utils import distributed
 
 
@@ -85,7 +85,8 @@ def test_coarse_volumes_are_divided_among_the_ranks_and_the_same(both):
 
 def test_ranks_stop_together_and_continue_exactly(pairs, both, tmp_path):
     stopped = run_ranks(*words_of(pairs, tmp_path, "--max_minutes", "1e-9"))
-    assert stopped.returncode != 0 and "Stopped at step 0" in stopped.stdout  # torchrun's own status, not main.py's 3
+    assert stopped.returncode != 0  # torchrun's own, not main.py's 3
+    assert "Stopped (opt.max_minutes are over)" in stopped.stdout
     process = subprocess.Popen(launch(*words_of(pairs, tmp_path)), cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = tmp_path / "results/stage1/log.csv"
@@ -100,6 +101,25 @@ def test_ranks_stop_together_and_continue_exactly(pairs, both, tmp_path):
     assert ended["step"] == never_stopped["step"] == 20
     for part in ("model", "ema", "optimiser"):
         assert identical(ended[part], never_stopped[part])
+
+
+@pytest.mark.parametrize("name, count", [("x0_error", 1), ("write_samples", 1)])  # validating, and drawing pictures
+def test_R4_ranks_stop_together_outside_a_step(pairs, both, tmp_path, name, count):
+    """Asked to, as by torchrun, the first rank breaks off; the other one waits for it, or does its own part."""
+    code = signalled("train", name, count, signal.SIGTERM)
+    words = launch("-c", code, *words_of(pairs, tmp_path))
+    words[words.index("main.py")] = sys.executable
+    words.insert(words.index("--standalone"), "--no-python")
+    stopped = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert stopped.returncode and "Traceback (most recent call last):\n  File \"<string>\"" not in stopped.stderr
+    assert stopped.stdout.count("Stopped at step") == 1
+    state = weights(tmp_path / "checkpoints/last_model.pth")
+    assert state["reviewed"] < state["step"]
+    assert run_ranks(*words_of(pairs, tmp_path)).returncode == 0
+    for name in ("last_model.pth", "best_model.pth"):
+        ended, never_stopped = (weights(folder / "checkpoints" / name) for folder in (tmp_path, both[2]))
+        assert all(identical(ended[part], never_stopped[part]) for part in SAME)
 
 
 def test_a_refusal_is_said_once(pairs, tmp_path):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import estimate
 import main
-from estimate import Memory, expect, free_memory, remedies, step_cost
+from estimate import Work, expect, free_memory, remedies, step_cost
 from models.unet import DualModalUNet
 from opt import small
 from tests.conftest import SIZES, arguments
@@ -39,7 +39,7 @@ def test_arithmetic_and_memory_are_those_of_a_real_step(settings):
     with FlopCounterMode(display=False) as counter:
         step()
     network.zero_grad()
-    with Memory() as memory:
+    with Work() as memory:
         step()
     cost = step_cost(settings, SIZES, torch.float32)
     parameters = sum(p.numel() for p in network.parameters())

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -17,8 +11,7 @@ import torch
 from PIL import Image
 
 import main
-from benchmarks.kills import identical
-from tests.conftest import CHILD, ROOT, SIZES, arguments, read_csv, refine_arguments, run_program, weights, write_pairs
+from tests.conftest import SIZES, Malicious, arguments, read_csv, refine_arguments, run_program, weights, write_pairs
 
 
 def test_stage_1_leaves_what_the_readme_promises(trained):
@@ -78,34 +71,6 @@ def test_another_result_folder_is_left_alone(trained, study_csv, tmp_path):
     words = arguments(study_csv, trained, "--checkpoint_dir", str(tmp_path / "elsewhere"))
     refused = run_program(*words)
     assert refused.returncode == 2 and "result_dir" in refused.stderr
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_R4_stopped_and_continued_equals_never_stopped(trained, study_csv, tmp_path, stage):
-    """Stopped by --max_steps in the middle of an epoch is another schedule, so the stop is a signal."""
-    def words(folder):
-        if stage == 1:
-            return arguments(study_csv, folder)
-        return arguments(study_csv, folder, "--refine", "--resume_path", str(trained / "checkpoints/best_model.pth"))
-
-    name = "last_model.pth" if stage == 1 else "last_refine.pth"
-    child = subprocess.Popen([sys.executable, "main.py", *words(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env=CHILD)
-    log = tmp_path / ("results/stage1/log.csv" if stage == 1 else "results/refine/log.csv")
-    while child.poll() is None and not (log.exists() and "training" in log.read_text()):
-        time.sleep(0.01)
-    child.send_signal(signal.SIGTERM)
-    said, errors = child.communicate(timeout=60)
-    assert child.returncode == 3, errors
-    assert "the same command continues" in said
-    stopped = weights(tmp_path / "checkpoints" / name)["step"]
-    whole = weights(trained / "checkpoints" / name)
-    assert 0 < stopped < whole["step"]
-    again = run_program(*words(tmp_path))
-    assert again.returncode == 0 and f"after step {stopped}" in again.stdout, again.stderr
-    continued = weights(tmp_path / "checkpoints" / name)
-    for part in ("model", "ema", "optimiser", "step", "best"):
-        assert identical(continued[part], whole[part]), part
 
 
 def test_wrong_image_size_is_one_message(study_csv, tmp_path):
@@ -223,14 +188,6 @@ def test_stage_2_continues_from_its_own_checkpoint_alone(trained, study_csv, tmp
     assert main.main(words) == 0
     assert (tmp_path / "results/refine/metrics.csv").exists()
     assert (tmp_path / "checkpoints/best_refine.pth").exists()
-
-
-class Malicious:
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
 
 
 def test_R8_damaged_or_malicious_checkpoints_run_no_code(trained, study_csv, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import pickle
 import struct
@@ -23,8 +24,9 @@ KEYS = {"step": int, "best": float, "run_id": str, "options": dict, "fingerprint
 STAGE_2_KEYS = {"backbone": dict}
 RECORD = 600  # bytes that a tensor takes beside its values
 DIRECTORY = 0x10  # a bit of a zip record's attributes
-UNREADABLE = (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError,
-              AttributeError, TypeError, AssertionError, NotImplementedError, struct.error)
+NOT_NOW = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
+UNREADABLE = (MemoryError, OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError,
+              LookupError, AttributeError, TypeError, AssertionError, NotImplementedError, struct.error)
 UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)  # what a wrong state dict raises
 
 
@@ -64,8 +66,15 @@ class Checkpoint:
     def begin(self) -> None:
         """Write `last` for the first time. Raises FileError where the disk has no room for what is to come."""
         if writes():
-            require_room(self.last.parent, 3 * _bytes(self._state()))  # last and best, and one that is being written
+            later = _bytes(self._state()) + 2 * _bytes(self.parts["model"].state_dict())  # with Adam's two averages
+            require_room(self.last.parent, 3 * later)  # last and best, and one that is being written
         self.save(self.last)
+
+    def stand_in(self, value: float) -> None:
+        """Save the model of the last step, which validated as `value`, as the best: there is none any more."""
+        self.best_value = value
+        self.save(self.best)
+        print(f"note: {self.best} was not there: the model of the last step stands in for the best")
 
     def load(self, path: Path, state: dict) -> None:
         """Take over the state that `read_checkpoint` found in `path`. Raises CheckpointError where it does not fit."""
@@ -100,9 +109,9 @@ class Checkpoint:
         if found:
             newest = max(found, key=lambda path: (found[path]["step"], found[path].get("reviewed", 0)))
             self.load(newest, found[newest])
-            self.best_value = self.best_value if self.best in found else self.worst
+            self.best_value = found[self.best]["best"] if self.best in found else self.worst
             print(f"Continuing {newest} after step {self.step}.")
-        if not same_everywhere(self.step, self.facts):
+        if not same_everywhere(self.step, self.reviewed, self.best_value, self.facts):
             raise CheckpointError(f"{self.last}: the ranks do not all see the same checkpoints, data or settings; all "
                                   "machines have to share opt.checkpoint_dir, and hold the same opt.py and data")
         for path, error in damaged.items():
@@ -160,9 +169,10 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise CheckpointError(f"{path}: may not be read; change its permissions") from error
     except UNREADABLE as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", 0) in NOT_NOW or "allocate memory" in str(error):
+            raise CheckpointError(f"{path}: cannot be read now ({_told(error)}), but may be whole; try again when that "
+                                  "is mended") from error
         raise DamagedError(f"{path}: is no checkpoint of PDS, or a damaged one ({_told(error)}); use another "
                            "one, best_*.pth in the place of last_*.pth or the other way round") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

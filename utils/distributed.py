@@ -100,18 +100,21 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def ended_by_another_rank(stop: object, refusal: bool = False) -> bool:
-    """After an error: whether it is only that another rank ended first, for which torchrun asks this one to `stop`.
+def ended_by_another_rank(error: Exception, stop: object) -> bool:
+    """Whether an error only says that another rank ended first, which then tells why.
 
-    Waits a little for that. A refusal of the first rank is its own.
+    stop: counts the signals, of which torchrun sends one in that case.
     """
-    number = int(os.environ.get("RANK", "0"))
-    if not dist.is_torchelastic_launched() or (refusal and number == 0):
+    if not dist.is_torchelastic_launched():
         return False
-    end = time.monotonic() + (2 * GRACE if number else GRACE)  # where all fail alike, the first one tells
-    while not stop and time.monotonic() < end:
+    if isinstance(error, dist.DistError) or "gloo" in str(error):  # its connection broke
+        return True
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    before, end = stop.signals, time.monotonic() + GRACE
+    while stop.signals == before and time.monotonic() < end:
         time.sleep(0.1)
-    return bool(stop)
+    return stop.signals > before
 
 
 def share(items: Sequence) -> list:

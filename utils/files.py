@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
 import io
 import os
@@ -18,6 +19,7 @@ from typing import IO, BinaryIO
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.part")  # what a file is called while it is written
 LOCK = ".lock"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class FileError(ValueError):
@@ -31,7 +33,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], size: int) -> 
     FileError where there is no room, or the file cannot be written: then nothing is left of it, and `path` is as it
     was.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_room(path.parent, size)
@@ -49,6 +51,22 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], size: int) -> 
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+
+
+def make_writable(*folders: str | Path) -> None:
+    """Create these folders. Raises FileError where one cannot be written to."""
+    for folder in map(Path, folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = _temporary(folder / "probe")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,8 +88,9 @@ def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[dict], digi
 def cannot_write(path: Path, error: OSError) -> FileError:
     """What to tell where writing `path` failed."""
     free = "" if (space := _free(path.parent)) is None else f"; {_megabytes(space)} are free on its disk"
-    return FileError(f"{path}: cannot be written ({error.strerror or error}{free}). Make room, or choose another "
-                     "opt.checkpoint_dir, opt.result_dir or opt.cache_dir; what was there before is as it was")
+    remedy = "Make room" if error.errno in FULL else "See to it that it can be"
+    return FileError(f"{path}: cannot be written ({error.strerror or error}{free}). {remedy}, or choose another "
+                     "folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir). What was saved before is whole")
 
 
 def require_room(folder: Path, size: int) -> None:
@@ -79,7 +98,7 @@ def require_room(folder: Path, size: int) -> None:
     free = _free(folder)
     if free is not None and free < size:
         raise FileError(f"{folder}: {_megabytes(size)} are needed, {_megabytes(free)} are free on its disk. Make room, "
-                        "or choose another opt.checkpoint_dir, opt.result_dir or opt.cache_dir")
+                        "or choose another folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir)")
 
 
 def _free(folder: Path) -> int | None:
@@ -109,7 +128,7 @@ def _open_locked(path: Path, mode: str, wait: bool) -> tuple[IO, bool | None]:
 
     With False where another process has it (and we do not wait), None where the file system has no locks.
     """
-    while True:
+    for attempt in range(100):
         file = open(path, mode)  # noqa: SIM115 the caller closes it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -118,7 +137,7 @@ def _open_locked(path: Path, mode: str, wait: bool) -> tuple[IO, bool | None]:
             locked = False
         except OSError:
             locked = None
-        if os.fstat(file.fileno()).st_nlink:
+        if os.fstat(file.fileno()).st_nlink or attempt == 99:  # some file systems count no links
             return file, locked
         file.close()  # who had it has removed it meanwhile
 
@@ -146,7 +165,10 @@ def sole_writer(*folders: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    file, locked = _open_locked(folder / LOCK, "ab+", wait=False)
+    try:
+        file, locked = _open_locked(folder / LOCK, "ab+", wait=False)
+    except OSError as error:
+        raise cannot_write(folder / LOCK, error) from error
     with file:
         if locked is False:
             file.seek(0)
@@ -162,4 +184,5 @@ def _locked_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()

@@ -1,12 +1,56 @@
-"""What a run leaves for programs to read: log.csv, one row per step and per validation."""
+"""What a run leaves for programs to read: log.csv, one row per step and per validation; and whom it speaks to."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from utils.distributed import writes
 from utils.files import cannot_write, write_table, write_text
+
+
+class Heard:
+    """A text stream that goes on silently once its reader is gone: Ctrl-C in `python main.py | tee log` ends both.
+
+    What a file's name holds that is no text is written as an escape.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def still_heard() -> Iterator[None]:
+    """Standard output and error are `Heard` in the block."""
+    with contextlib.redirect_stdout(Heard(sys.stdout)), contextlib.redirect_stderr(Heard(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
 
 
 class LogError(ValueError):

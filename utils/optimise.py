@@ -80,7 +80,7 @@ class Optimiser:
         """Compute and back-propagate each part of the loss, and step on their sum over all parts and ranks.
 
         network: as `parallel` returned it; every rank needs at least one part. Returns what is logged, the same on all
-        ranks: loss, gradient_norm, learning_rate (0 where no step was taken). What is not finite is not stepped on;
+        ranks: loss, gradient_norm, learning_rate, and whether a step was taken. What is not finite is not stepped on;
         several in a row raise TrainingError.
         """
         remaining, total = iter(losses), 0.0
@@ -95,21 +95,20 @@ class Optimiser:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scale)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
         total, norm = torch.stack([total, norm]).tolist()  # here the step waits for the device
-        total, rate = summed(total)[0], 0.0
-        if math.isfinite(norm) and math.isfinite(total):
-            rate = self.rate()
+        total, rate = summed(total)[0], self.rate()
+        if taken := math.isfinite(norm) and math.isfinite(total):
             self._step(rate)
         else:
-            self._skip(step, subjects)
+            self._skip(step, subjects, overflow=self.scale > 1 and math.isfinite(total))
         for parameter in self.parameters:
             parameter.grad = None
-        return {"loss": total, "gradient_norm": norm, "learning_rate": rate}
+        return {"loss": total, "gradient_norm": norm, "learning_rate": rate if taken else 0.0, "taken": taken}
 
-    def _skip(self, step: int, subjects: list[str]) -> None:
-        """Leave weights, averages and schedule as they are; in float16 scale the loss less from now on."""
+    def _skip(self, step: int, subjects: list[str], overflow: bool) -> None:
+        """Leave weights, averages and schedule as they are; after an overflow scale the loss less from now on."""
         told = f"step {step + 1}, with {', '.join(subjects)}: loss or gradient was not finite"
         self.since_overflow = 0
-        if self.scale > 1:
+        if overflow:
             self.scale /= 2
             tqdm.write(f"note: {told}; it was not taken. The loss is now scaled by {self.scale:.0f} (float16)")
             return
@@ -154,12 +153,19 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """True once SIGTERM or SIGINT came, or `minutes` (0: no limit) are over. Use as a context manager."""
+    """True once SIGTERM or SIGINT came, or a time is over. Use as a context manager.
 
-    def __init__(self, minutes: float):
-        self.reason = ""
-        self._deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+    A second signal, more than a second after the first, acts as it would without: torchrun and queues send several.
+    """
+
+    def __init__(self):
+        self.reason, self.signals = "", 0
+        self._begun, self._first, self._deadline = time.monotonic(), math.inf, math.inf
         self._before: dict[int, object] = {}
+
+    def end_after(self, minutes: float) -> None:
+        """Become true so many minutes after this object was made; 0: never."""
+        self._deadline = self._begun + 60 * minutes if minutes else math.inf
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -172,10 +178,16 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _asked(self, number: int, _frame: object) -> None:
-        self.reason = f"asked to by {signal.Signals(number).name}"
-        signal.signal(number, self._before[number])  # a second one acts at once
-        if writes():
-            os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print might be interrupted here
+        self.signals += 1
+        if time.monotonic() > self._first + 1:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+            return
+        self._first = min(self._first, time.monotonic())
+        self.reason = self.reason or f"asked to by {signal.Signals(number).name}"
+        if self.signals == 1 and writes():
+            with contextlib.suppress(OSError):  # not by print, which may be interrupted here
+                os.write(2, b"\nStopping as soon as all is saved; once more stops at once.\n")
 
     def watch(self, items: Iterable) -> Iterator:
         """The same items, one by one; Interrupted in the place of the next once a stop is asked for."""
