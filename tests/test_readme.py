@@ -20,7 +20,7 @@ SETTINGS = {each.name for each in dataclasses.fields(Options)}
 
 def test_settings_and_options_exist():
     named = set(re.findall(r"\bopt\.([a-z_]+)", README)) | set(re.findall(r"--([a-z][a-z_0-9-]*)", README))
-    own = {word for name in ("ablation", "refine_ablation", "step", "ranks")
+    own = {word for name in ("ablation", "refine_ablation", "step", "ranks", "kills")
            for word in re.findall(r'"--([a-z0-9]+)"', (ROOT / f"benchmarks/{name}.py").read_text())}
     assert named - {"py", "preset", "help", "cov"} - own - LAUNCHERS <= SETTINGS
     words = set(re.findall(r"\w+", README))
