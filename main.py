@@ -36,7 +36,7 @@ from estimate import expect, gib, remedies
 from models.perceptual import WeightsError
 from opt import PRESETS, SMALLEST_AXIS, OptionError, opt, small
 from utils.arguments import parse_arguments
-from utils.checkpoint import CheckpointError, read_checkpoint
+from utils.checkpoint import CheckpointError
 from utils.distributed import (
     LaunchError,
     ended_by_another_rank,
@@ -49,7 +49,7 @@ from utils.distributed import (
 )
 from utils.files import FileError, make_writable, remove_strays, sole_writer
 from utils.logger import LogError, still_heard
-from utils.optimise import Interrupted, StopRequest, TrainingError, number_type
+from utils.optimise import Interrupted, StopRequest, TrainingError, leave, number_type
 
 FINISHED, REFUSED, STOPPED = 0, 2, 3
 REFUSALS = (OptionError, AtlasError, DataError, CheckpointError, FileError, LaunchError, LogError, TrainingError,
@@ -182,7 +182,7 @@ def run(settings, stop: StopRequest) -> int:
                               "ranks together, each in two directions; set a larger one, or start fewer ranks")
         state = None
         if settings.refine:  # before any data is read
-            state = read_checkpoint(Path(settings.resume_path), (train.STAGE, train_refine.STAGE))
+            state = train_refine.open_start(settings)
         folders = settings.checkpoint_dir, settings.result_dir, settings.cache_dir
         make_writable(*folders, Path(settings.result_dir) / ("refine" if settings.refine else "stage1"))
         if writes():
@@ -224,4 +224,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

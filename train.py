@@ -35,7 +35,7 @@ from utils.distributed import any_rank, parallel, rank, share, summed, to_device
 from utils.ema import EMA
 from utils.figures import Panel, save_grid
 from utils.logger import Log
-from utils.optimise import Interrupted, Optimiser, StopRequest, number_type
+from utils.optimise import Interrupted, Optimiser, StopRequest, TrainingError, number_type
 
 save_every = 100  # steps between two sample grids in results/
 
@@ -219,6 +219,9 @@ def review(run: Checkpoint, smooth: Backbone, opt, study: Study, log: Log, total
         error = validate(smooth, study, opt.seed, opt.batch_size, stop.watch)
         if stop.agreed():
             return False
+        if not math.isfinite(error):
+            raise TrainingError(f"step {run.step}: the validation is not finite. Start again in another "
+                                "opt.checkpoint_dir with a lower learning rate or opt.precision = \"fp32\"")
         log.write("validation", run.step, epoch=epoch, x0_error=error)
         tqdm.write(f"step {run.step:6d}  epoch {epoch:4d}  validation x0 error {error:.4f}")
         if error < run.best_value:

@@ -29,6 +29,7 @@ from refinement import Refinement, coarse_on_new_subjects, report, write_samples
 from train import STAGE as STAGE_1
 from train import augmentation, due, load_batch, model_facts, parts, total_steps
 from utils.checkpoint import (
+    FILES,
     UNFIT,
     Checkpoint,
     CheckpointError,
@@ -41,7 +42,7 @@ from utils.distributed import any_rank, first_on_each_machine, parallel, rank, s
 from utils.ema import EMA
 from utils.logger import Log
 from utils.metrics import psnr, summary, write_metrics
-from utils.optimise import Interrupted, Optimiser, StopRequest, number_type
+from utils.optimise import Interrupted, Optimiser, StopRequest, TrainingError, number_type
 
 save_every = 100  # steps between two sample grids in results/
 
@@ -138,6 +139,18 @@ def validation_psnr(network: RefineNet, work: Refinement) -> float:
     return total / max(1, count)
 
 
+def open_start(opt) -> dict:
+    """The content of opt.resume_path, a checkpoint of either stage. Raises CheckpointError with the way out."""
+    try:
+        return read_checkpoint(Path(opt.resume_path), (STAGE_1, STAGE))
+    except CheckpointError as error:
+        others = [path for name in FILES[STAGE] if (path := Path(opt.checkpoint_dir) / name).is_file()
+                  and path != Path(opt.resume_path)]
+        hint = (f"\nTo go on with the refinement there, set opt.resume_path to {' or '.join(map(str, others))}, which "
+                "holds its backbone" if others else "")
+        raise CheckpointError(f"{error}{hint}") from error
+
+
 def open_backbone(opt, study: Study, device: torch.device, state: dict, dtype: torch.dtype) -> Backbone:
     """The frozen stage-1 model inside a checkpoint of either stage. Raises CheckpointError where the data differ."""
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
@@ -196,6 +209,9 @@ def review(run: Checkpoint, smooth: RefineNet, work: Refinement, log: Log, total
         value = validation_psnr(smooth, work)
         if stop.agreed():
             return False
+        if not math.isfinite(value):
+            raise TrainingError(f"step {run.step}: the validation is not finite. Start again in another "
+                                "opt.checkpoint_dir with a lower learning rate or opt.precision = \"fp32\"")
         log.write("validation", run.step, epoch=epoch, psnr=value)
         tqdm.write(f"step {run.step:6d}  epoch {epoch:4d}  validation PSNR {value:.2f} dB")
         if value > run.best_value:

@@ -20,6 +20,7 @@ from data.problems import Problem, VolumeError
 from data.volumes import Scan, b_values_file, read_volume
 from utils.files import replace_file, write_text
 
+FACTS = {"low", "high", "affine", "repaired", "content"}
 CACHE_FORMAT = 2  # raise it whenever the way from file to volume changes
 
 
@@ -42,9 +43,10 @@ def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, 
     """
     key = hashlib.sha256(repr((CACHE_FORMAT, _state(path), reading, _b_values_state(path, reading))).encode())
     voxels_file, facts_file = (cache_dir / f"{key.hexdigest()[:32]}.{ending}" for ending in ("npy", "json"))
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged: it is made again
-        if np.lib.format.open_memmap(voxels_file, mode="r").shape == tuple(reading.size):  # the header, and the length
-            return voxels_file, json.loads(facts_file.read_text())
+    with contextlib.suppress(OSError, ValueError, AttributeError, VolumeError):  # not there, or damaged: made again
+        facts = json.loads(facts_file.read_text())
+        if facts.keys() >= FACTS and content(load_volume(voxels_file)) == facts["content"]:
+            return voxels_file, facts
     scan = read_volume(path, reading.reduce)
     volume, low, high, affine = to_grid(scan, path, reading)
     facts = {"low": low, "high": high, "affine": affine.tolist(), "repaired": scan.repaired,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -153,7 +154,7 @@ def test_R3_killed_while_best_and_last_are_replaced(study_csv, trained, tmp_path
 
 
 @pytest.mark.parametrize("stage, module, name, count, number", [
-    (1, "train", "train_step", 3, signal.SIGINT),
+    (1, "train", "train_step", 3, signal.SIGHUP),
     (1, "train", "x0_error", 4, signal.SIGTERM),  # validating
     (1, "models.backbone", "sample", 2, signal.SIGTERM),  # sampling for a picture
     (1, "data.study", "cached_volume", 3, signal.SIGTERM),  # reading
@@ -183,6 +184,26 @@ def test_R4_the_reader_of_the_output_ends_with_the_same_ctrl_c(study_csv, traine
     stopped.stdout.close()
     assert stopped.wait(60) == main.STOPPED
     assert weights(tmp_path / "checkpoints/last_model.pth")["step"] == 3
+
+
+@pytest.mark.parametrize("redirected", ["> /dev/full", "2> /dev/full", ">&-", "2>&-"])
+def test_output_that_cannot_be_written(study_csv, tmp_path, redirected):
+    """A disk of logs that is full, or what cron closes, ends no run."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    words = [sys.executable, "main.py", *arguments(study_csv, tmp_path, "--max_steps", "1")]
+    done = subprocess.run(["sh", "-c", f"{shlex.join(words)} {redirected}"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, env=CHILD)
+    assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout
+    assert weights(tmp_path / "checkpoints/last_model.pth")["step"] == 1
+
+
+def test_R4_a_signal_after_the_end_does_not_change_the_status():
+    code = ("import os, signal, sys\nfrom utils.optimise import StopRequest, leave\n"
+            "class Late:\n    def __del__(self): [os.kill(os.getpid(), n) for n in (signal.SIGTERM, signal.SIGINT)]\n"
+            "with StopRequest() as stop: os.kill(os.getpid(), signal.SIGTERM)\n"
+            "late = Late()\nleave(3 if stop else 0)\n")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, env=CHILD).returncode == 3
 
 
 # ---- disks
@@ -351,6 +372,32 @@ def test_R7_the_other_checkpoint_stands_in(study_csv, trained, tmp_path, capsys,
     message = capsys.readouterr().err
     assert str(last) in message and str(best) in message and "Traceback" not in message
     assert {path: path.read_bytes() for path in last.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("name, content", [
+    ("log.csv", None), ("log.csv", b"epoch,loss\n1,2\n"), ("log.csv", b"kind,step" + 200_000 * b"x"),
+    ("run_id.txt", None), ("run_id.txt", b"\xff\xfe"), ("last_model.pth", None), ("best_model.pth", "another run")])
+def test_files_of_a_run_that_are_not_its_own(study_csv, trained, tmp_path, capsys, name, content):
+    for folder in ("checkpoints", "results"):
+        shutil.copytree(trained / folder, tmp_path / folder)
+    path = tmp_path / ("checkpoints" if name.endswith("pth") else "results/stage1") / name
+    if content == "another run":
+        torch.save({**weights(path), "run_id": "other"}, path)
+    else:
+        path.unlink()
+        path.mkdir() if content is None else path.write_bytes(content)
+    before = path.read_bytes() if path.is_file() else b""
+    assert main.main(arguments(study_csv, tmp_path, "--epochs", "4")) == 2
+    message = capsys.readouterr().err
+    assert name in message and "Traceback" not in message
+    assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_a_continued_refinement_without_its_backbone_names_the_way(study_csv, trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/best_model.pth").unlink()
+    assert main.main(refine_arguments(study_csv, tmp_path)) == 2
+    assert f"set opt.resume_path to {tmp_path / 'checkpoints/last_refine.pth'} or" in capsys.readouterr().err
 
 
 def test_R8_no_file_runs_code(study_csv, trained, tmp_path, capsys):

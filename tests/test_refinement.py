@@ -258,6 +258,6 @@ def test_a_stop_while_coarse_volumes_are_sampled(backbone, study_csv, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(CoarseVolumes, "prepare", prepare)
         assert main.main(words) == 3
-    assert "Stopped while coarse volumes were sampled" in capsys.readouterr().out
+    assert "Stopped before training" in capsys.readouterr().out
     assert len(seen) == 2 and len(list((tmp_path / "cache/coarse").rglob("*.npy"))) == 1
     assert main.main(words) == 0

@@ -124,8 +124,9 @@ def test_a_damaged_entry_is_made_again(tmp_path):
     first, _ = decoded(path, READING, tmp_path / "cache")
     expected = first.copy()
     for entry in (tmp_path / "cache").iterdir():
-        entry.write_bytes(entry.read_bytes()[:20])
-        np.testing.assert_array_equal(decoded(path, READING, tmp_path / "cache")[0], expected)
+        for content in (entry.read_bytes()[:20], entry.read_bytes()[:-400] + bytes(400), b"{}"):
+            entry.write_bytes(content)
+            np.testing.assert_array_equal(decoded(path, READING, tmp_path / "cache")[0], expected)
 
 
 def test_several_processes_fill_one_cache_at_once(tmp_path):

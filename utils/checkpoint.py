@@ -105,7 +105,11 @@ class Checkpoint:
             compared = {name: value for name, value in self.facts["options"].items() if name not in free}
             refuse_another_run(path, found[path], compared, self.facts["fingerprints"])
         if damaged and not found:
-            raise CheckpointError("\n".join(map(str, damaged.values())))
+            raise CheckpointError("\n".join(map(str, damaged.values())) + "\nThere is no other one to go on from: "
+                                  "move the damaged away, or choose another opt.checkpoint_dir, to start anew")
+        if len({state["run_id"] for state in found.values()}) > 1:
+            raise CheckpointError(f"{' and '.join(map(str, found))} are of different runs. They are left as they are; "
+                                  "move away those that do not belong here, or choose another opt.checkpoint_dir")
         if found:
             newest = max(found, key=lambda path: (found[path]["step"], found[path].get("reviewed", 0)))
             self.load(newest, found[newest])
@@ -159,6 +163,8 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
 
     Raises DamagedError where it is not whole, CheckpointError where it is of no use here.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; move it away")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint; set opt.resume_path to one that exists")
     try:
@@ -173,8 +179,7 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
         if isinstance(error, MemoryError) or getattr(error, "errno", 0) in NOT_NOW or "allocate memory" in str(error):
             raise CheckpointError(f"{path}: cannot be read now ({_told(error)}), but may be whole; try again when that "
                                   "is mended") from error
-        raise DamagedError(f"{path}: is no checkpoint of PDS, or a damaged one ({_told(error)}); use another "
-                           "one, best_*.pth in the place of last_*.pth or the other way round") from error
+        raise DamagedError(f"{path}: is no checkpoint of PDS, or a damaged one ({_told(error)})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is no checkpoint of this version of PDS; train again or use its version")
     if state.get("stage") not in stages:

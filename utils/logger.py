@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,13 @@ from utils.files import cannot_write, write_table, write_text
 
 
 class Heard:
-    """A text stream that goes on silently once its reader is gone: Ctrl-C in `python main.py | tee log` ends both.
+    """A text stream that goes on silently once it cannot be written: `| tee` ends with the same Ctrl-C, disks fill.
 
     What a file's name holds that is no text is written as an escape.
     """
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO | None):
+        stream = stream or open(os.devnull, "w")  # noqa: SIM115 closed, as by cron
         self._stream = stream
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -35,7 +37,7 @@ class Heard:
     def _try(self, call: Callable, *arguments: str) -> None:
         try:
             call(*arguments)
-        except BrokenPipeError:
+        except OSError:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
@@ -46,6 +48,9 @@ class Heard:
 @contextlib.contextmanager
 def still_heard() -> Iterator[None]:
     """Standard output and error are `Heard` in the block."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a closed one's number would be that of a file
+        pass
+    os.close(number)
     with contextlib.redirect_stdout(Heard(sys.stdout)), contextlib.redirect_stderr(Heard(sys.stderr)):
         try:
             yield
@@ -71,14 +76,27 @@ class Log:
             return
         rows, last, owner = [], {"training": step, "validation": reviewed}, path.with_name("run_id.txt")
         if path.exists():
-            with open(path, newline="", errors="replace") as file:  # what a power cut tore is dropped
-                rows = [row for row in csv.DictReader(line.replace("\0", "") for line in file)
-                        if row.get("kind") in last and None not in row.values() and row["step"].isdigit()]
-            if rows and (not owner.exists() or owner.read_text() != run_id):
-                raise LogError(f"{path} belongs to a run whose checkpoint is not in opt.checkpoint_dir. It is left as "
-                               "it is; set opt.result_dir to another folder, or move the old results away")
+            try:
+                rows = self._rows()
+                owned = not rows or owner.read_text(errors="replace").strip() == run_id
+            except (OSError, csv.Error) as error:
+                raise LogError(f"{path}, or {owner.name} beside it, cannot be read ({error}); move the old results "
+                               "away, or set opt.result_dir to another folder") from error
+            if not owned:
+                raise LogError(f"{path} belongs to another run than the checkpoints in opt.checkpoint_dir (its run is "
+                               f"named in {owner.name}). It is left as it is; set opt.result_dir to another folder, or "
+                               "move the old results away")
+        rows = [row for row in rows if row["kind"] in last]
         write_table(path, columns, [row for row in rows if int(row["step"]) <= last[row["kind"]]])
         write_text(owner, run_id)
+
+    def _rows(self) -> list[dict]:
+        """What the file holds, without what a power cut tore. Raises OSError, csv.Error."""
+        with open(self.path, newline="", errors="replace") as file:
+            reader = csv.DictReader(line.replace("\0", "") for line in file)
+            if tuple(reader.fieldnames or self.columns) != self.columns:
+                raise csv.Error(f"it has other columns than {', '.join(self.columns)}")
+            return [row for row in reader if None not in row.values() and re.fullmatch("[0-9]+", row["step"])]
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row; floats with six significant digits."""

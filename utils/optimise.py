@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -19,6 +20,7 @@ BAD_STEPS_IN_A_ROW = 5
 COUNTERS = ("taken", "bad_in_a_row", "scale", "since_overflow")  # of an optimiser, kept with its state
 FORM = 2  # of state_dict; what is kept of a weight is in the order of the weight in memory
 FIRST_SCALE, STEPS_BEFORE_HIGHER = 2.0**16, 2000  # of the loss in float16 (Micikevicius et al. 2018)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of a queue, of Ctrl-C, of a terminal that closes
 NOT_HIDDEN = {"stem", "target_stem", "head", "gain"}  # layers at the networks' ends
 MUON_RATE = 20.0  # times Adam's rate: Muon's update has length 1 for each row of a matrix, Adam's about 1 per weight
 
@@ -148,12 +150,19 @@ def _rows(tensor: Tensor, weight: Tensor) -> Tensor:
     return (tensor if weight.is_contiguous() else tensor.movedim(1, -1)).flatten(1)
 
 
+def leave(status: int) -> None:
+    """End the program with this status, whatever signals come until it has ended."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
+
+
 class Interrupted(Exception):
     """A stop was asked for in the middle of something that is done again when the run continues."""
 
 
 class StopRequest:
-    """True once SIGTERM or SIGINT came, or a time is over. Use as a context manager.
+    """True once SIGTERM, SIGINT or SIGHUP came, or a time is over. Use as a context manager.
 
     A second signal, more than a second after the first, acts as it would without: torchrun and queues send several.
     """
@@ -168,9 +177,10 @@ class StopRequest:
         self._deadline = self._begun + 60 * minutes if minutes else math.inf
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                self._before[number] = signal.signal(number, self._asked)
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._before[number] = signal.signal(number, self._asked)
         return self
 
     def __exit__(self, *_: object) -> None:
