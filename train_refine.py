@@ -217,7 +217,8 @@ def new_run(opt, study: Study, state: dict, network: RefineNet, total: int, fing
     optimiser = Optimiser(network, opt.refine_learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           opt.refine_optimiser, dtype == torch.float16)
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
-    kept = Kept({**{key: stage_1[key] for key in BACKBONE_FACTS if key in stage_1}, "ema": {"model": stage_1["ema"]["model"]}})
+    kept = Kept({**{key: stage_1[key] for key in BACKBONE_FACTS if key in stage_1},
+                 "ema": {"model": stage_1["ema"]["model"]}})
     facts = model_facts(opt, study)
     facts["fingerprints"] |= fingerprints
     return Checkpoint(STAGE, Path(opt.checkpoint_dir), {"model": network, "ema": ema, "optimiser": optimiser,
