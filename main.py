@@ -18,14 +18,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import nibabel as nib
 import torch
 from tqdm import tqdm
 
 import train
 import train_refine
 from data import phantom
-from data.atlas import AtlasError, roi_centres
+from data.atlas import roi_centres
 from data.cache import Reading
 from data.check import check_study, table, write_problems
 from data.pairs import Pair, find_pairs
@@ -33,27 +32,12 @@ from data.problems import DataError, Problem, refuse
 from data.split import split_subjects
 from data.study import Study
 from estimate import expect, gib, remedies
-from models.perceptual import WeightsError
 from opt import PRESETS, SMALLEST_AXIS, OptionError, opt, small
+from program import FINISHED, REFUSED, STOPPED, choose_device, guarded
 from utils.arguments import parse_arguments
-from utils.checkpoint import CheckpointError
-from utils.distributed import (
-    LaunchError,
-    ended_by_another_rank,
-    first_on_each_machine,
-    joined,
-    launched,
-    place_on_machine,
-    world,
-    writes,
-)
-from utils.files import FileError, make_writable, remove_strays, sole_writer
-from utils.logger import LogError, still_heard
-from utils.optimise import Interrupted, StopRequest, TrainingError, leave, number_type
-
-FINISHED, REFUSED, STOPPED = 0, 2, 3
-REFUSALS = (OptionError, AtlasError, DataError, CheckpointError, FileError, LaunchError, LogError, TrainingError,
-            WeightsError)
+from utils.distributed import first_on_each_machine, joined, launched, world, writes
+from utils.files import make_writable, remove_strays, sole_writer
+from utils.optimise import StopRequest, leave, number_type
 
 
 def find_study(opt, watch: Callable = iter) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
@@ -145,25 +129,6 @@ def describe(opt, study: Study, device: torch.device) -> None:
         print(f"note: {told}", flush=True)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that opt.device names; with "auto" each rank on a machine has a GPU of its own, or all its CPU.
-
-    Raises OptionError where this machine does not have it.
-    """
-    if name == "auto":
-        name = f"cuda:{place_on_machine()}" if torch.cuda.is_available() else "cpu"
-    elif launched() and name != "cpu":
-        raise OptionError(f'opt.device = {name!r}: with torchrun it must be "auto" (one GPU for each rank) or "cpu"')
-    try:
-        device = torch.device(f"{name}:0" if name == "cuda" else name)
-    except RuntimeError:
-        raise OptionError(f"opt.device = {name!r}: is no device; choose auto, cpu or cuda[:N]") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"opt.device = {name!r}: PyTorch finds {torch.cuda.device_count()} GPUs on this machine; "
-                          "choose auto or cpu, or start fewer ranks")
-    return device
-
-
 def run(settings, stop: StopRequest) -> int:
     """Validate, then check the study, or read and describe it and train the stage asked for; returns the exit status.
     """
@@ -198,29 +163,7 @@ def run(settings, stop: StopRequest) -> int:
 
 
 def main(argv: list[str]) -> int:
-    settings = parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0])
-    nib.imageglobals.logger.setLevel("CRITICAL")  # what it would say of a header, data/volumes.py says with the file
-    try:
-        with StopRequest() as stop, still_heard():
-            try:
-                return run(settings, stop)
-            except Interrupted:
-                print(f"Stopped ({stop.reason}); the same command goes on.", flush=True)
-                return STOPPED
-            except REFUSALS as error:
-                if not ended_by_another_rank(error, stop):
-                    print(f"\nPDS cannot run:\n{error}", file=sys.stderr)
-                return REFUSED
-            except Exception as error:
-                if not ended_by_another_rank(error, stop):
-                    raise
-                if writes():
-                    print("\nPDS stopped, because another rank has ended; the same command continues from the last "
-                          "checkpoint.", file=sys.stderr)
-                return STOPPED
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command continues from the last checkpoint.", file=sys.stderr)
-        return STOPPED
+    return guarded(run, parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0]))
 
 
 if __name__ == "__main__":

@@ -151,6 +151,15 @@ class Options:
     # save and stop this many minutes after the start, reading included; the same command continues. 0: no limit
     max_minutes: float = 0.0
 
+    # ---- Using a trained model (python sample.py; resume_path names the model, of either stage)
+    sample_dir: str = "./results/synthesis"  # where the synthesised volumes go: a BIDS derivatives tree
+    joint_samples: int = 0  # this many new pairs from noise alone; 0: translate what data_root holds
+    # grid of a translation: "target", the other modality's (its own file's, or that of training over the source's field
+    # of view), or "source", that of the source's file
+    output_space: Literal["target", "source"] = "target"
+    # samples of each translation whose voxel-wise standard deviation is written beside it; 0: none
+    uncertainty_samples: int = 0
+
     def __post_init__(self) -> None:
         self.__dict__["edited"] = set()
 
@@ -256,7 +265,8 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
                     "epochs", "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples",
                     "accumulate")
     not_negative = ("attention_tokens", "eta", "pattern_weight", "structure_weight", "microstructure_weight",
-                    "perceptual_weight", "max_steps", "warmup_steps", "gradient_clip", "max_minutes", "seed")
+                    "perceptual_weight", "max_steps", "warmup_steps", "gradient_clip", "max_minutes", "seed",
+                    "joint_samples", "uncertainty_samples")
     fractions = ("validation_fraction", "dropout", "ema_decay", "coarse_dropout")
     names = {"reduce": ("mean", "std", "first", "b0", "shell"), "augment": ("flip", "affine", "intensity"),
              "intensity": ("percentile", "minmax", "brain_percentile", "brain_minmax")}

@@ -42,8 +42,10 @@ save_every = 100  # steps between two sample grids in results/
 STAGE = "stage 1"
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error")
+SAMPLE_OPTIONS = {"sample_dir", "joint_samples", "output_space", "uncertainty_samples"}  # of sample.py
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
-FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
+FREE_OPTIONS = SAMPLE_OPTIONS | {
+                "refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
                 "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampler",
                 "sampling_steps", "eta", "accumulate", "gradient_checkpointing", "device", "refine_optimiser",
                 "refine_learning_rate", "refine_epochs", "structure_weight", "microstructure_weight",
@@ -56,7 +58,8 @@ def model_facts(opt, study: Study) -> dict:
     return {"options": opt.resolved(), "sizes": dict(study.sizes), "network": opt.network_arguments(),
             "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint,
                              "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
-            "ranges": {name: study.train_range(name) for name in study.modalities}}
+            "ranges": {name: study.train_range(name) for name in study.modalities},
+            "affines": {name: study.affines[name][study.roles["train"][0]].tolist() for name in study.modalities}}
 
 
 def total_steps(opt, epochs: int, pairs: int) -> int:

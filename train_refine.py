@@ -26,8 +26,8 @@ from models.losses import blend_weights, microstructure_loss, structure_loss, ti
 from models.perceptual import PerceptualLoss, cached_weights, load_perceptual_loss
 from models.refine import RefineNet
 from refinement import Refinement, coarse_on_new_subjects, report, write_samples
+from train import SAMPLE_OPTIONS, augmentation, due, load_batch, model_facts, parts, total_steps
 from train import STAGE as STAGE_1
-from train import augmentation, due, load_batch, model_facts, parts, total_steps
 from utils.checkpoint import (
     FILES,
     UNFIT,
@@ -50,13 +50,14 @@ STAGE = "stage 2"
 LOSSES = ("tissue_loss", "structure_loss", "microstructure_loss", "perceptual_loss")
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", *LOSSES, "perceptual_share", "gradient_norm", "learning_rate", "psnr")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
-FREE_OPTIONS = {"refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
+FREE_OPTIONS = SAMPLE_OPTIONS | {
+                "refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
                 "accumulate", "gradient_checkpointing", "perceptual_weight", "vgg_weights", "vgg_download", "loss",
                 "timesteps", "prediction", "timestep_coupling", "device", "optimiser", "learning_rate"}
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 to go without)"  # a fingerprint of the run
 # What a stage-2 checkpoint keeps of the backbone's
-BACKBONE_FACTS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges")
+BACKBONE_FACTS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges", "affines")
 # What must be the same in both stages, or subjects that the backbone was trained on would be tested on
 DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "intensity", "folds", "fold",
                 "validation_fraction", "seed")
@@ -232,7 +233,8 @@ def new_run(opt, study: Study, state: dict, network: RefineNet, total: int, fing
     optimiser = Optimiser(network, opt.refine_learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           opt.refine_optimiser, dtype == torch.float16)
     stage_1 = state if state["stage"] == STAGE_1 else state["backbone"]
-    kept = Kept({**{key: stage_1[key] for key in BACKBONE_FACTS}, "ema": {"model": stage_1["ema"]["model"]}})
+    kept = Kept({**{key: stage_1[key] for key in BACKBONE_FACTS if key in stage_1},
+                 "ema": {"model": stage_1["ema"]["model"]}})
     facts = model_facts(opt, study)
     facts["fingerprints"] |= fingerprints
     return Checkpoint(STAGE, Path(opt.checkpoint_dir), {"model": network, "ema": ema, "optimiser": optimiser,

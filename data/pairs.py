@@ -7,7 +7,7 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +52,27 @@ def _spelling(label: str, prefix: str) -> str:
 
 def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
                suffixes: dict[str, str] | None = None) -> tuple[list[Pair], list[Problem]]:
-    """The study's complete pairs, sorted by name, and all that is wrong with the rest or with these.
+    """The complete pairs among `find_visits`; the rest is told as a problem that is not fatal."""
+    found, problems = find_visits(data_root, modalities, exclude, suffixes, modalities)
+    pairs = [pair for pair in found if len(pair.files) == len(modalities)]
+    problems += [Problem(pair.name, f"left out, it has no {' and no '.join(set(modalities) - set(pair.files))}",
+                         "add the file if there is one, under the same subject and session", pair.name, fatal=False)
+                 for pair in found if pair not in pairs]
+    if not pairs and not any(problem.fatal for problem in problems):
+        problems.append(Problem(f"opt.data_root = {str(data_root)!r}",
+                                f"no subject has both {' and '.join(modalities)}",
+                                "set opt.modalities to the study's column names or BIDS suffixes, and see opt.exclude"))
+    return pairs, problems
+
+
+def find_visits(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
+                suffixes: dict[str, str] | None = None,
+                needed: tuple[str, ...] = ()) -> tuple[list[Pair], list[Problem]]:
+    """All visits, sorted by name, with one modality or both, and all that is wrong with them.
 
     data_root: a CSV/TSV file, or the folder of a BIDS tree. exclude: subjects or names of pairs to leave out.
     suffixes: modality -> how its file names end in a BIDS tree, before .nii.gz; a pattern may have * in it.
+    needed: modalities that a table must have a column for.
     """
     root = f"opt.data_root = {str(data_root)!r}"
     try:
@@ -64,21 +81,10 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
         return [], [Problem(root, f"there is no such file or folder ({error.strerror})",
                             "give a CSV or TSV file, or the folder of a BIDS tree")]
     found, problems = (_from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {})) if is_folder
-                       else _from_table(data_root, modalities))
+                       else _from_table(data_root, modalities, needed))
     found, problems = _without(found, problems, exclude)
-    pairs = []
-    for pair in sorted(found, key=lambda each: each.name):
-        missing = [name for name in modalities if name not in pair.files]
-        if missing:
-            problems.append(Problem(pair.name, f"left out, it has no {' and no '.join(missing)}",
-                                    "add the file if there is one, under the same subject and session", pair.name,
-                                    fatal=False))
-        else:
-            pairs.append(pair)
-    if not pairs and not any(problem.fatal for problem in problems):
-        problems.append(Problem(root, f"no subject has both {' and '.join(modalities)}",
-                                "set opt.modalities to the study's column names or BIDS suffixes, and see opt.exclude"))
-    return pairs, [*problems, *_doubles(pairs)]
+    found.sort(key=lambda each: each.name)
+    return found, [*problems, *_doubles([pair for pair in found if set(needed) <= set(pair.files)])]
 
 
 def _without(found: list[Pair], problems: list[Problem],
@@ -116,7 +122,8 @@ def _doubles(pairs: list[Pair]) -> list[Problem]:
     return problems
 
 
-def _from_table(table: Path, modalities: tuple[str, str]) -> tuple[list[Pair], list[Problem]]:
+def _from_table(table: Path, modalities: tuple[str, str],
+                needed: tuple[str, ...]) -> tuple[list[Pair], list[Problem]]:
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             delimiter = "\t" if "\t" in file.readline() else ","
@@ -127,7 +134,8 @@ def _from_table(table: Path, modalities: tuple[str, str]) -> tuple[list[Pair], l
     except (OSError, UnicodeError, csv.Error) as error:
         return [], [Problem(f"opt.data_root = {str(table)!r}", f"cannot be read as a table ({error})",
                             "give a CSV or TSV file, or the folder of a BIDS tree")]
-    if problem := _wrong_columns(table, columns, modalities):
+    needed = needed or tuple(name for name in modalities if name in columns) or modalities
+    if problem := _wrong_columns(table, columns, needed):
         return [], [problem]
     pairs, problems = [], []
     for line, row in rows:
@@ -138,7 +146,7 @@ def _from_table(table: Path, modalities: tuple[str, str]) -> tuple[list[Pair], l
             problems.append(Problem(where, "left out, it names no subject", "fill the column", fatal=False))
             continue
         known = bool(fold) and fold.isdecimal() and fold.isascii()
-        files = {name: table.parent / cells[name] for name in modalities if cells[name]}
+        files = {name: table.parent / cells[name] for name in modalities if cells.get(name)}
         pair = Pair(subject, cells.get("session", "") or session, cells.get("group", ""), int(fold) if known else None,
                     files)
         if fold and not known:
@@ -150,7 +158,7 @@ def _from_table(table: Path, modalities: tuple[str, str]) -> tuple[list[Pair], l
     return pairs, problems
 
 
-def _wrong_columns(table: Path, columns: list[str], modalities: tuple[str, str]) -> Problem | None:
+def _wrong_columns(table: Path, columns: list[str], modalities: Sequence[str]) -> Problem | None:
     if any(";" in name for name in columns):
         return Problem(str(table), "its columns are separated by semicolons",
                        "save it with commas, or as .tsv with tabs")

@@ -45,14 +45,20 @@ def asked(*arguments, **named):
         os.kill(os.getpid(), number)
     return result if {after} else whole(*arguments, **named)
 setattr(module, name, asked)
-import main
-sys.exit(main.main(sys.argv[1:]))
+import {program}
+sys.exit({program}.main(sys.argv[1:]))
 """
 
 
-def signalled(module: str, name: str, count: int, number: int, after: bool = False) -> str:
-    """A program that is `main.py`, but sends itself a signal at the count-th call of a function."""
-    return SIGNAL.format(module=module, name=name, count=count, number=int(number), after=after)
+def signalled(module: str, name: str, count: int, number: int, after: bool = False, program: str = "main") -> str:
+    """A program that is `main.py` (or another), but sends itself a signal at the count-th call of a function."""
+    return SIGNAL.format(module=module, name=name, count=count, number=int(number), after=after, program=program)
+
+
+def run_code(code: str, *words: str) -> subprocess.CompletedProcess:
+    """`python -c code` with these words in a child process."""
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=240,
+                          env=CHILD)
 
 
 def brain(size: tuple[int, int, int], radius: float, contrast: float, seed: int) -> np.ndarray:

@@ -90,7 +90,8 @@ def cannot_write(path: Path, error: OSError) -> FileError:
     free = "" if (space := _free(path.parent)) is None else f"; {_megabytes(space)} are free on its disk"
     remedy = "Make room" if error.errno in FULL else "See to it that it can be"
     return FileError(f"{path}: cannot be written ({error.strerror or error}{free}). {remedy}, or choose another "
-                     "folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir). What was saved before is whole")
+                     "folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir, opt.sample_dir). What was saved "
+                     "before is whole")
 
 
 def require_room(folder: Path, size: int) -> None:
@@ -98,7 +99,7 @@ def require_room(folder: Path, size: int) -> None:
     free = _free(folder)
     if free is not None and free < size:
         raise FileError(f"{folder}: {_megabytes(size)} are needed, {_megabytes(free)} are free on its disk. Make room, "
-                        "or choose another folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir)")
+                        "or choose another folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir, opt.sample_dir)")
 
 
 def _free(folder: Path) -> int | None:
