@@ -85,6 +85,9 @@ class Options:
     timesteps: int = 1000  # T of the cosine noise schedule
     timestep_coupling: Literal["shared", "independent"] = "independent"  # one t for both modalities, or one each
     prediction: Literal["epsilon", "v"] = "v"  # what the network predicts: the noise, or v (Salimans & Ho 2022)
+    # stage 1 also learns the pairs' groups (column group, or participants.tsv), so that sample.py can draw new pairs of
+    # each. Translations are not told the group: it is often what they are to help find
+    condition_on_group: bool = False
     # "dpmpp", DPM-Solver++(2M): 12 of its steps are as close to the limit of many steps as 100 of "ddim"
     sampler: Literal["dpmpp", "ddim"] = "dpmpp"
     sampling_steps: int = 12  # network evaluations per sample
@@ -153,7 +156,8 @@ class Options:
 
     # ---- Using a trained model (python sample.py; resume_path names the model, of either stage)
     sample_dir: str = "./results/synthesis"  # where the synthesised volumes go: a BIDS derivatives tree
-    joint_samples: int = 0  # this many new pairs from noise alone; 0: translate what data_root holds
+    # this many new pairs from noise alone (of each group, with condition_on_group); 0: translate what data_root holds
+    joint_samples: int = 0
     # grid of a translation: "target", the other modality's (its own file's, or that of training over the source's field
     # of view), or "source", that of the source's file
     output_space: Literal["target", "source"] = "target"
@@ -297,6 +301,7 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
         ("patch_size", o.patch_size > 8, "must be at most 8 voxels"),
         ("unet_depth", o.unet_depth > 6, "six levels shrink the volume 32-fold; choose fewer"),
         ("base_channels", o.base_channels % 8 != 0, "must be a multiple of 8 (group normalisation)"),
+        ("uncertainty_samples", o.uncertainty_samples == 1, "one sample has no deviation; give two or more, or 0"),
         ("refine", o.refine and not o.resume_path,
          'stage 2 needs a trained backbone: set opt.resume_path, for example "./checkpoints/best_model.pth"'),
         ("device", o.device != "auto" and not o.device.startswith(("cpu", "cuda")), "choose auto, cpu or cuda[:N]"),

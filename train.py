@@ -30,6 +30,7 @@ from models.backbone import Backbone
 from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
+from opt import OptionError
 from utils.checkpoint import Checkpoint
 from utils.distributed import any_rank, parallel, rank, share, summed, to_device, wait, writes
 from utils.ema import EMA
@@ -40,6 +41,7 @@ from utils.optimise import Interrupted, Optimiser, StopRequest, TrainingError, n
 save_every = 100  # steps between two sample grids in results/
 
 STAGE = "stage 1"
+GROUP_WITHHELD = 0.2  # fraction of the draws of pairs whose group the network is not told
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error")
 SAMPLE_OPTIONS = {"sample_dir", "joint_samples", "output_space", "uncertainty_samples"}  # of sample.py
@@ -60,6 +62,15 @@ def model_facts(opt, study: Study) -> dict:
                              "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
             "ranges": {name: study.train_range(name) for name in study.modalities},
             "affines": {name: study.affines[name][study.roles["train"][0]].tolist() for name in study.modalities}}
+
+
+def groups_to_learn(opt, study: Study) -> tuple[str, ...]:
+    """The groups that the network is told apart, none without opt.condition_on_group. Raises OptionError."""
+    groups = study.groups() if opt.condition_on_group else ()
+    if opt.condition_on_group and len(groups) < 2:
+        raise OptionError(f"opt.condition_on_group = True: the training pairs are of {len(groups)} groups; fill the "
+                          "column group of the table (or of participants.tsv) with two or more")
+    return groups
 
 
 def total_steps(opt, epochs: int, pairs: int) -> int:
@@ -131,10 +142,19 @@ def direction_loss(backbone: Backbone, opt, study: Study, batch: list[int], step
     x0, masks = load_batch(study, [batch[place] for place in places], augmentation(opt, study, step, places), device)
     noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
     noise = {each: to_device(volumes, device) for each, volumes in noise.items()}
+    groups = [told_group(opt, study, batch[place], step, place) for place in places]
     t = {each: to_device(drawn[places], device) for each, drawn in times.items()}
     xt = {each: diffusion.noisy(x0[each], noise[each], t[each]) for each in x0}
-    predicted, target = backbone(xt, t, {name})[name], diffusion.target(x0[name], noise[name], t[name])
+    predicted = backbone(xt, t, {name}, backbone.numbered(groups))[name]
+    target = diffusion.target(x0[name], noise[name], t[name])
     return weight * pattern_aware_loss(predicted, target, masks[name], opt.pattern_weight, opt.loss).sum()
+
+
+def told_group(opt, study: Study, i: int, step: int, place: int) -> str:
+    """The group of pair i as training tells it: now and then not, so that the model also knows what is common to all.
+    """
+    drawn = torch.rand((), generator=keyed_generator(opt.seed, Purpose.GROUP, step, place))
+    return "" if drawn < GROUP_WITHHELD else study.pairs[i].group
 
 
 def train_step(backbone: Backbone, ema: EMA, optimiser: Optimiser, opt, study: Study, batch: list[int],
@@ -166,7 +186,8 @@ def validate(backbone: Backbone, study: Study, seed: int, batch_size: int, watch
             time = max(1, round(fraction * diffusion.timesteps))
             t = {name: torch.full((len(batch),), time, device=device) for name in x0}
             xt = {name: diffusion.noisy(x0[name], to_device(noise[name], device), t[name]) for name in x0}
-            for name, output in backbone(xt, t).items():
+            group = backbone.numbered([study.pairs[i].group for i in batch])
+            for name, output in backbone(xt, t, group=group).items():
                 errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
     total, count = summed(sum(errors), len(errors))
     return total / max(1, count)
@@ -196,7 +217,8 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
     real = study.volumes(shown)
     keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
     how = (study.sizes, opt.sampling_steps, opt.sampler, opt.eta)
-    made = {"joint": backbone.sample(keys, *how, progress=progress), "translated": {}}
+    groups = [study.pairs[i].group for i in shown]
+    made = {"joint": backbone.sample(keys, *how, progress=progress, groups=groups), "translated": {}}
     for source, target in backbone.network.directions:
         given = {source: real[source]}
         made["translated"][target] = backbone.sample(keys, *how, given, progress=progress)[target]
@@ -241,7 +263,8 @@ def review(run: Checkpoint, smooth: Backbone, opt, study: Study, log: Log, total
 def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
     """Train until the end or until asked to stop; returns whether the run is finished."""
     torch.manual_seed(opt.seed)
-    network = DualModalUNet(study.sizes, **opt.network_arguments()).to(device)
+    groups = groups_to_learn(opt, study)
+    network = DualModalUNet(study.sizes, len(groups), **opt.network_arguments()).to(device)
     network.set_means(study.mean_volumes())
     network.recompute(opt.gradient_checkpointing)
     members = study.roles["train"]
@@ -251,9 +274,9 @@ def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
     optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip, opt.optimiser,
                           dtype == torch.float16)
     run = Checkpoint(STAGE, Path(opt.checkpoint_dir), {"model": network, "ema": ema, "optimiser": optimiser},
-                     model_facts(opt, study), worst=math.inf)
+                     {**model_facts(opt, study), "groups": list(groups)}, worst=math.inf)
     continued = run.resume(Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
-    backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, dtype)
+    backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, dtype, groups)
                         for each in (parallel(network, device), ema.model))
     folder = Path(opt.result_dir) / "stage1"
     log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.reviewed, run.run_id)

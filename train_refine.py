@@ -54,10 +54,11 @@ FREE_OPTIONS = SAMPLE_OPTIONS | {
                 "refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
                 "accumulate", "gradient_checkpointing", "perceptual_weight", "vgg_weights", "vgg_download", "loss",
-                "timesteps", "prediction", "timestep_coupling", "device", "optimiser", "learning_rate"}
+                "timesteps", "prediction", "timestep_coupling", "condition_on_group", "device", "optimiser",
+                "learning_rate"}
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 to go without)"  # a fingerprint of the run
 # What a stage-2 checkpoint keeps of the backbone's
-BACKBONE_FACTS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges", "affines")
+BACKBONE_FACTS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges", "affines", "groups")
 # What must be the same in both stages, or subjects that the backbone was trained on would be tested on
 DATA_OPTIONS = ("modalities", "image_size", "resize", "reduce", "intensity", "folds", "fold",
                 "validation_fraction", "seed")

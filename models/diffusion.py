@@ -19,7 +19,7 @@ from torch import Tensor
 class Purpose(IntEnum):
     """Second number of every noise key, so that no two uses share their noise."""
 
-    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT, AUGMENT, JOINT = range(9)
+    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT, AUGMENT, JOINT, GROUP = range(10)
 
 
 GIVEN = 0.75  # fraction of the training draws in which one modality is given: measured, see the README

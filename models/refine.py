@@ -19,7 +19,7 @@ class RefineNet(TwoDirections):
     """
 
     def __init__(self, sizes: dict[str, tuple[int, int, int]], **network):
-        super().__init__(sizes, timesteps=0, **network)
+        super().__init__(sizes, 0, 0, **network)
         for source, target in self.directions:  # weights of coarse, source, constant
             self.direction(source, target).register_buffer("blend", torch.tensor([1.0, 0.0, 0.0]))
 

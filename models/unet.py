@@ -86,12 +86,12 @@ class DirectionNet(nn.Module):
     `to_patches` a resampling could no longer place what is inside a patch.
     timesteps: how many the network is told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps,
     the noisy target is also added to the output with a learned gain per timestep: the noise need not be carried through
-    the convolutions.
+    the convolutions. groups: how many diagnostic groups it is told apart; their embedding is added to the timesteps'.
     """
 
-    def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], timesteps: int, *, channels: int,
-                 depth: int, blocks: int, output_blocks: int, patch: int, fusion: str, attention_tokens: int,
-                 dropout: float):
+    def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], timesteps: int, groups: int, *,
+                 channels: int, depth: int, blocks: int, output_blocks: int, patch: int, fusion: str,
+                 attention_tokens: int, dropout: float):
         super().__init__()
         self.patch, self.early, self.channels = patch, fusion == "early", channels
         emb_channels = 4 * channels if timesteps else 0
@@ -111,17 +111,20 @@ class DirectionNet(nn.Module):
         for part, grid in ((self.body.stem, source_size), (self.target_stem, target_size), (self.output, target_size),
                            (self.head, target_size)):
             lay_out(part, tuple(-(-n // patch) for n in grid))
-        for layer in (self.head, self.gain):
-            if layer is not None:
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        self.group = nn.Embedding(1 + groups, emb_channels) if groups else None  # row 0: not told
+        for layer in (self.head, self.gain, self.group):
+            for weight in layer.parameters() if layer is not None else ():
+                nn.init.zeros_(weight)
 
-    def embedded(self, *t: Tensor) -> Tensor:
-        """The sum of the timesteps' embeddings, (B, 4 channels)."""
-        return sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t))
+    def embedded(self, *t: Tensor, group: Tensor | None = None) -> Tensor:
+        """The sum of the embeddings of timesteps and group: (B, 4 channels). group (B,): from 1; 0: not told."""
+        emb = sum(embed(timestep_embedding(each, 2 * self.channels)) for embed, each in zip(self.embed, t))
+        if self.group is not None:
+            emb = emb + self.group(torch.zeros_like(t[0]) if group is None else group)
+        return emb
 
-    def forward(self, source: Tensor, target: Tensor, *t: Tensor) -> Tensor:
-        emb = self.embedded(*t) if t else None
+    def forward(self, source: Tensor, target: Tensor, *t: Tensor, group: Tensor | None = None) -> Tensor:
+        emb = self.embedded(*t, group=group) if t else None
         mean = self.mean.expand_as(target)
         to_body, to_stem = [source, resize_to(mean, source.shape[2:])], [target, mean]
         if self.early:
@@ -141,11 +144,11 @@ class DirectionNet(nn.Module):
 class TwoDirections(nn.Module):
     """One DirectionNet per direction between two modalities; sizes: modality -> (X, Y, Z)."""
 
-    def __init__(self, sizes: dict[str, tuple[int, int, int]], timesteps: int, **network):
+    def __init__(self, sizes: dict[str, tuple[int, int, int]], timesteps: int, groups: int, **network):
         super().__init__()
         self.directions = tuple(permutations(sizes, 2))  # (source, target)
         self.nets = nn.ModuleDict({
-            f"{source}_to_{target}": DirectionNet(sizes[source], sizes[target], timesteps, **network)
+            f"{source}_to_{target}": DirectionNet(sizes[source], sizes[target], timesteps, groups, **network)
             for source, target in self.directions})
 
     def recompute(self, wanted: bool) -> None:
@@ -167,14 +170,14 @@ class DualModalUNet(TwoDirections):
     """The dual-modal model of stage 1: one DirectionNet per direction.
 
     xt: {modality: (B, 1, X, Y, Z)} noisy volumes; t: {modality: (B,)}; returns {modality: prediction} for `targets`
-    (all where None: a translation needs one direction only).
+    (all where None: a translation needs one direction only). group: (B,) numbers from 1, 0 or None where not told.
     sizes: modality -> (X, Y, Z). A prediction is epsilon or v, see models/diffusion.py.
     """
 
-    def __init__(self, sizes: dict[str, tuple[int, int, int]], **network):
-        super().__init__(sizes, timesteps=2, **network)
+    def __init__(self, sizes: dict[str, tuple[int, int, int]], groups: int = 0, **network):
+        super().__init__(sizes, 2, groups, **network)
 
-    def forward(self, xt: dict[str, Tensor], t: dict[str, Tensor],
-                targets: Collection[str] | None = None) -> dict[str, Tensor]:
-        return {target: self.direction(source, target)(xt[source], xt[target], t[source], t[target])
+    def forward(self, xt: dict[str, Tensor], t: dict[str, Tensor], targets: Collection[str] | None = None,
+                group: Tensor | None = None) -> dict[str, Tensor]:
+        return {target: self.direction(source, target)(xt[source], xt[target], t[source], t[target], group=group)
                 for source, target in self.directions if targets is None or target in targets}

@@ -7,15 +7,22 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+import main
 import program
 import sample
-from tests.conftest import SIZES, read_csv, run_code, signalled
+import synthesis
+from data.pairs import find_pairs
+from tests.conftest import BOTH, CHILD, ROOT, SIZES, arguments, read_csv, run_code, signalled
+from utils.metrics import nearest, reliability
+
+NAMES = {"dmri": "{0}/dwi/{0}_desc-{1}_sbref", "fmri": "{0}/func/{0}_task-synth_desc-{1}_sbref"}
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +34,26 @@ def incomplete(study_csv, tmp_path_factory) -> Path:
         for name in SIZES:
             row[name] = str(study_csv.parent / row[name])
     rows[0]["dmri"] = rows[1]["fmri"] = ""
-    with open(folder / "pairs.csv", "w", newline="") as file:
+    write_csv(folder / "pairs.csv", rows)
+    return folder / "pairs.csv"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    return folder / "pairs.csv"
+
+
+@pytest.fixture(scope="module")
+def grouped(study_csv, tmp_path_factory) -> Path:
+    """A folder with a stage-1 model of two groups, and its study."""
+    folder = tmp_path_factory.mktemp("grouped")
+    rows = [{**row, **{name: str(study_csv.parent / row[name]) for name in SIZES}, "group": "A-1" if n % 2 else "B"}
+            for n, row in enumerate(read_csv(study_csv))]
+    write_csv(folder / "pairs.csv", rows)
+    assert main.main(arguments(folder / "pairs.csv", folder, "--condition_on_group")) == 0
+    return folder
 
 
 def words(model: Path, table: Path, folder: Path, *more: str) -> list[str]:
@@ -40,8 +62,13 @@ def words(model: Path, table: Path, folder: Path, *more: str) -> list[str]:
             "--sampling_steps", "3", *more]
 
 
-def made(folder: Path) -> dict[str, Path]:
-    return {path.name.removesuffix(".nii.gz"): path for path in sorted((folder / "out").rglob("*.nii.gz"))}
+def made(folder: Path) -> list[Path]:
+    return sorted((folder / "out").rglob("*.nii.gz"))
+
+
+def where(folder: Path, subject: str, modality: str, description: str = "synth", ending: str = ".nii.gz") -> Path:
+    kind = "joint" if "synth" in subject else "translated"
+    return folder / "out" / kind / (NAMES[modality].format(subject, description) + ending)
 
 
 @pytest.mark.parametrize("name, rows", [("best_refine.pth", "refined"), ("best_model.pth", "coarse")])
@@ -49,7 +76,7 @@ def test_scores_are_those_of_the_trainer(trained, study_csv, tmp_path, name, row
     """Of the same subjects: those of stage 2; those of its coarse volumes, which are the translations of stage 1."""
     assert sample.main(words(trained / "checkpoints" / name, study_csv, tmp_path)) == 0
     found = {(row["subject"], row["direction"], row["region"]): float(row["psnr"])
-             for row in read_csv(tmp_path / "out/metrics.csv")}
+             for row in read_csv(tmp_path / "out/translated/metrics.csv")}
     expected = {(row["subject"], row["direction"], row["region"]): float(row["psnr"])
                 for row in read_csv(trained / "results/refine/metrics.csv")
                 if row["volume"] == rows and row["region"] != "pattern"}
@@ -61,97 +88,213 @@ def test_scores_are_those_of_the_trainer(trained, study_csv, tmp_path, name, row
 def test_a_missing_modality_is_made_in_its_place(trained, incomplete, study_csv, tmp_path, capsys):
     model = trained / "checkpoints/best_refine.pth"
     assert sample.main(words(model, incomplete, tmp_path, "--uncertainty_samples", "3")) == 0
-    files = made(tmp_path)
-    assert len(files) == 2 * 10  # both of four, one of two; and a deviation for each
-    for name, modality in (("sub-01_desc-synth_dwi", "dmri"), ("sub-02_desc-synth_boldref", "fmri"),
-                           ("sub-03_desc-synth_dwi", "dmri")):
-        image, truth = nib.load(files[name]), nib.load(study_csv.parent / f"{name[:6]}_space-MNI_{modality}.nii.gz")
+    assert len(made(tmp_path)) == 3 * 10  # both of four, one of two; and a mean and a deviation for each
+    for name, modality in (("sub-01", "dmri"), ("sub-02", "fmri"), ("sub-03", "dmri")):
+        image = nib.load(where(tmp_path, name, modality))
+        truth = nib.load(study_csv.parent / f"{name}_space-MNI_{modality}.nii.gz")
         assert image.shape == truth.shape
         np.testing.assert_allclose(image.affine, truth.affine, atol=1e-4)
         assert image.header["sform_code"] == truth.header["sform_code"]
-        error = np.corrcoef(image.get_fdata().ravel(), truth.get_fdata().ravel())[0, 1]
-        assert error > 0.5  # in place, and in its units
-    deviation = nib.load(files["sub-01_desc-std_dwi"]).get_fdata()
+        likeness = np.corrcoef(image.get_fdata().ravel(), truth.get_fdata().ravel())[0, 1]
+        assert likeness > 0.5  # in place, and in its units
+    deviation = nib.load(where(tmp_path, "sub-01", "dmri", "std")).get_fdata()
     assert deviation.min() >= 0 and deviation.max() > 0
-    assert {row["subject"] for row in read_csv(tmp_path / "out/metrics.csv")} == {f"sub-0{n}" for n in range(3, 7)}
-    assert (tmp_path / "out/synthesis.png").exists()
+    known = {f"sub-0{n}" for n in range(3, 7)}
+    for name in ("metrics.csv", "uncertainty.csv"):
+        assert {row["subject"] for row in read_csv(tmp_path / "out/translated" / name)} == known
+    assert (tmp_path / "out/translated/synthesis.png").exists()
+    assert (tmp_path / "out/translated/calibration.png").exists()
+
+
+def test_reliability_of_errors_that_a_deviation_tells():
+    generator = np.random.default_rng(0)
+    deviation = generator.uniform(0.01, 0.3, (20, 20, 20))
+    error, inside = generator.normal(0, deviation), np.ones((20, 20, 20), dtype=bool)
+    found = reliability(deviation, error, inside)
+    for count, variance, squares in found["bins"]:
+        assert count < 100 or squares == pytest.approx(variance, rel=0.35)
+    assert np.sum(found["bins"], axis=0)[0] == 8000 and found["rank_correlation"] > 0.4
+    assert abs(reliability(deviation, generator.permutation(error.ravel()).reshape(error.shape), inside)
+               ["rank_correlation"]) < 0.05
+    assert reliability(np.full_like(deviation, 0.1), error, inside)["rank_correlation"] == 0
 
 
 def test_output_in_the_space_of_the_source(trained, incomplete, study_csv, tmp_path, capsys):
     model = trained / "checkpoints/best_model.pth"
     assert sample.main(words(model, incomplete, tmp_path, "--output_space", "source")) == 0
-    image, source = nib.load(made(tmp_path)["sub-01_desc-synth_dwi"]), nib.load(
+    image, source = nib.load(where(tmp_path, "sub-01", "dmri")), nib.load(
         study_csv.parent / "sub-01_space-MNI_fmri.nii.gz")
     assert image.shape == source.shape and np.allclose(image.affine, source.affine)
 
 
 def test_a_table_of_one_modality_alone(trained, study_csv, tmp_path, capsys):
     table = tmp_path / "one.csv"
-    table.write_text(f"subject,fmri\nnew,{study_csv.parent / 'sub-01_space-MNI_fmri.nii.gz'}\n")
+    table.write_text(f"subject,fmri\nnew_1,{study_csv.parent / 'sub-01_space-MNI_fmri.nii.gz'}\n")
     assert sample.main(words(trained / "checkpoints/best_model.pth", table, tmp_path)) == 0
-    assert list(made(tmp_path)) == ["sub-new_desc-synth_dwi"] and not (tmp_path / "out/metrics.csv").exists()
+    assert made(tmp_path) == [where(tmp_path, "sub-new1", "dmri")]  # BIDS allows no _ in labels
+    assert not (tmp_path / "out/translated/metrics.csv").exists()
+    table.write_text(table.read_text() + f"new1,{study_csv.parent / 'sub-02_space-MNI_fmri.nii.gz'}\n")
+    assert sample.main(words(trained / "checkpoints/best_model.pth", table, tmp_path)) == 2
+    assert "sub-new1" in capsys.readouterr().err
 
 
 def test_what_is_there_is_kept_and_what_is_damaged_made_again(trained, incomplete, tmp_path, capsys):
     arguments = words(trained / "checkpoints/best_model.pth", incomplete, tmp_path)
     assert sample.main(arguments) == 0
-    files = made(tmp_path)
-    contents = {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in files.items()}
-    damaged, lost = files["sub-01_desc-synth_dwi"], files["sub-03_desc-synth_dwi"]
+    contents = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in made(tmp_path)}
+    damaged, lost = where(tmp_path, "sub-01", "dmri"), where(tmp_path, "sub-03", "dmri")
     damaged.write_bytes(damaged.read_bytes()[:-20])
-    lost.with_name("sub-03_desc-synth_dwi.json").unlink()
+    where(tmp_path, "sub-03", "dmri", ending=".json").unlink()
     assert sample.main(arguments) == 0
-    for name, path in files.items():
-        assert path.read_bytes() == contents[name][0]
-        assert (path.stat().st_mtime_ns == contents[name][1]) == (path not in (damaged, lost)), name
-    assert sample.main([*arguments, "--seed", "7"]) == 0  # made in another way: all again
-    assert damaged.read_bytes() != contents["sub-01_desc-synth_dwi"][0]
+    for path, (content, time) in contents.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == time) == (path not in (damaged, lost)), path
+    capsys.readouterr()
+    assert sample.main([*arguments, "--seed", "7"]) == 2  # would be made in another way
+    assert "Seed" in capsys.readouterr().err and damaged.read_bytes() == contents[damaged][0]
+    assert sample.main([*arguments, "--uncertainty_samples", "2"]) == 0  # the volumes themselves are the same
+    assert len(made(tmp_path)) == 30 and damaged.read_bytes() == contents[damaged][0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_in_the_middle_and_finished(trained, incomplete, tmp_path, capsys, number):
     model = trained / "checkpoints/best_model.pth"
-    arguments = words(model, incomplete, tmp_path)
+    arguments = words(model, incomplete, tmp_path, "--batch_size", "2")
     stopped = run_code(signalled("sample", "score", 3, number, program="sample"), *arguments)
     assert stopped.returncode == (-number if number == signal.SIGKILL else program.STOPPED), stopped.stderr
-    before = {path: path.read_bytes() for path in made(tmp_path).values()}
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in made(tmp_path)}
     assert 2 <= len(before) < 10
     assert sample.main(arguments) == 0
-    whole = tmp_path / "whole"
-    assert sample.main(words(model, incomplete, whole)) == 0
-    assert all(path.read_bytes() == content for path, content in before.items())
-    assert {name: path.read_bytes() for name, path in made(tmp_path).items() if path.is_relative_to(tmp_path / "out")} \
-        == {name: path.read_bytes() for name, path in made(whole).items()}
-    assert not [path for path in (tmp_path / "out").rglob(".*")]
+    other = tmp_path / "whole"
+    assert sample.main(words(model, incomplete, other, "--batch_size", "2")) == 0
+    assert all((path.read_bytes(), path.stat().st_mtime_ns) == was for path, was in before.items())
+    assert {path.name: path.read_bytes() for path in made(tmp_path)} \
+        == {path.name: path.read_bytes() for path in made(other)}
+    assert not [path for path in (tmp_path / "out").rglob(".*") if path.name != ".bidsignore"]
 
 
-def test_new_pairs(trained, tmp_path, capsys):
-    arguments = words(trained / "checkpoints/best_model.pth", tmp_path, tmp_path, "--joint_samples", "3")
+def test_new_pairs(trained, study_csv, tmp_path, capsys):
+    arguments = words(trained / "checkpoints/best_model.pth", study_csv, tmp_path, "--joint_samples", "3")
     assert sample.main(arguments) == 0
-    files = made(tmp_path)
-    assert len(files) == 6 and nib.load(files["sub-synth0002_desc-synth_dwi"]).shape == SIZES["dmri"]
-    assert not np.array_equal(*(nib.load(files[f"sub-synth000{n}_desc-synth_dwi"]).get_fdata() for n in (1, 2)))
-    first = files["sub-synth0001_desc-synth_boldref"].read_bytes()
+    assert len(made(tmp_path)) == 6 and nib.load(where(tmp_path, "sub-synth0002", "dmri")).shape == SIZES["dmri"]
+    assert not np.array_equal(*(nib.load(where(tmp_path, f"sub-synth000{n}", "dmri")).get_fdata() for n in (1, 2)))
+    rows = read_csv(tmp_path / "out/joint/memorisation.csv")
+    assert len(rows) == 6 and {row["flagged"] for row in rows} <= {"yes", "no"}
+    pairs, problems = find_pairs(tmp_path / "out/joint/pairs.csv", BOTH)
+    assert [pair.name for pair in pairs] == [f"sub-synth000{n}" for n in (1, 2, 3)] and not problems
+    first = nib.load(where(tmp_path, "sub-synth0001", "fmri")).get_fdata()
     shutil.rmtree(tmp_path / "out")
     assert sample.main([*arguments[:-1], "1"]) == 0  # the first of one is the first of three
-    assert made(tmp_path)["sub-synth0001_desc-synth_boldref"].read_bytes() == first
+    np.testing.assert_allclose(nib.load(where(tmp_path, "sub-synth0001", "fmri")).get_fdata(), first, atol=0.1)
+
+
+def test_new_pairs_of_each_group(grouped, tmp_path, capsys):
+    arguments = words(grouped / "checkpoints/best_model.pth", grouped / "pairs.csv", tmp_path, "--joint_samples", "2")
+    assert sample.main(arguments) == 0
+    rows = {row["subject"]: row["group"] for row in read_csv(tmp_path / "out/joint/pairs.csv")}
+    assert rows == {"sub-synthA10001": "A-1", "sub-synthA10002": "A-1", "sub-synthB0001": "B", "sub-synthB0002": "B"}
+    table = (tmp_path / "out/joint/participants.tsv").read_text().splitlines()
+    assert table[:2] == ["participant_id\tgroup", "sub-synthA10001\tA-1"] and len(made(tmp_path)) == 8
+
+
+def test_the_group_changes_what_is_drawn_but_not_what_is_translated(grouped, capsys):
+    settings = sample.parse_arguments(sample.opt, sample.PRESETS, words(grouped / "checkpoints/best_model.pth",
+                                                                        grouped / "pairs.csv", grouped), "")
+    model = synthesis.Model(settings, program.choose_device("cpu"))
+    assert model.groups == ("A-1", "B")
+    network = model.backbone.network
+    for net in network.nets.values():
+        net.group.weight[1] += 1
+    drawn = [model.draw([(1, group)], iter)["fmri"] for group in (1, 2)]
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.05
+    source = np.zeros((1, *SIZES["fmri"]), dtype=np.float32)
+    before = model.translate("fmri", "dmri", source, [0], 0, iter)["synth"]
+    for net in network.nets.values():
+        net.group.weight[1:] += 1
+    np.testing.assert_array_equal(model.translate("fmri", "dmri", source, [0], 0, iter)["synth"], before)
+
+
+def test_groups_must_be_there(study_csv, tmp_path, capsys):
+    assert main.main(arguments(study_csv, tmp_path, "--condition_on_group")) == 2
+    assert "opt.condition_on_group" in capsys.readouterr().err
+
+
+def test_copies_of_training_volumes_are_flagged(trained, study_csv, tmp_path, monkeypatch, capsys):
+    roles = {row["subject"]: row["role"] for row in read_csv(trained / "results/stage1/split.csv")}
+    copied = next(name for name, role in roles.items() if role == "train")
+
+    def copies(model, numbers, watch):
+        return {name: np.stack([model.read(name, study_csv.parent / f"{copied}_space-MNI_{name}.nii.gz")[0]
+                                for _ in numbers]) for name in BOTH}
+
+    monkeypatch.setattr(synthesis.Model, "draw", copies)
+    assert sample.main(words(trained / "checkpoints/best_model.pth", study_csv, tmp_path, "--joint_samples", "2")) == 0
+    rows = read_csv(tmp_path / "out/joint/memorisation.csv")
+    assert len(rows) == 4
+    for row in rows:
+        assert row["nearest"] == copied and row["flagged"] == "yes" and float(row["distance"]) < 0.05
+    assert "nearer than all of these: 2 of 2" in capsys.readouterr().out
+
+
+def test_copies_cannot_be_looked_for_without_the_training_volumes(trained, incomplete, tmp_path, capsys):
+    model = trained / "checkpoints/best_model.pth"
+    assert sample.main(words(model, incomplete, tmp_path, "--joint_samples", "1")) == 0
+    assert "not checked for copies" in capsys.readouterr().out
+    assert not (tmp_path / "out/joint/memorisation.csv").exists()
+
+
+def test_the_nearest_volume():
+    volumes = np.zeros((2, 2, 2, 2))
+    volumes[1] = 1
+    distance, place = nearest(volumes, [np.full((2, 2, 2), value) for value in (0.75, 0.25, -3)])
+    assert distance == pytest.approx([0.25, 0.25]) and place.tolist() == [1, 0]
 
 
 def test_a_derivatives_tree(trained, incomplete, tmp_path, capsys):
-    assert sample.main(words(trained / "checkpoints/best_refine.pth", incomplete, tmp_path)) == 0
-    told = json.loads((tmp_path / "out/dataset_description.json").read_text())
-    assert told["DatasetType"] == "derivative" and told["GeneratedBy"][0]["Name"] == "PDS"
-    path = made(tmp_path)["sub-01_desc-synth_dwi"]
-    assert path.relative_to(tmp_path / "out").parts[:2] == ("sub-01", "dwi")
-    beside = json.loads(path.with_name("sub-01_desc-synth_dwi.json").read_text())
-    assert beside["Sources"] == ["sub-01_space-MNI_fmri.nii.gz"] and beside["MadeWith"]["Stage"] == "stage 2"
-    assert str(tmp_path) not in json.dumps(beside) and os.sep + "work" not in json.dumps(beside)
+    model = trained / "checkpoints/best_refine.pth"
+    assert sample.main(words(model, incomplete, tmp_path, "--uncertainty_samples", "2")) == 0
+    described = json.loads((tmp_path / "out/translated/dataset_description.json").read_text())
+    assert described["DatasetType"] == "derivative" and described["GeneratedBy"][0]["Name"] == "PDS"
+    told = json.loads(where(tmp_path, "sub-01", "dmri", ending=".json").read_text())
+    assert told["Sources"] == ["sub-01_space-MNI_fmri.nii.gz"] and told["MadeWith"]["Stage"] == "stage 2"
+    assert str(tmp_path) not in json.dumps(told) and os.sep + "work" not in json.dumps(told)
+    for path in made(tmp_path):
+        assert path.with_name(path.name.replace(".nii.gz", ".json")).exists()
+
+
+@pytest.mark.skipif(not shutil.which("bids-validator-deno"), reason="bids-validator-deno is not installed")
+def test_the_bids_validator_accepts_both_trees(trained, incomplete, grouped, tmp_path, capsys):
+    assert sample.main(words(trained / "checkpoints/best_refine.pth", incomplete, tmp_path,
+                             "--uncertainty_samples", "2")) == 0
+    assert sample.main(words(grouped / "checkpoints/best_model.pth", grouped / "pairs.csv", tmp_path,
+                             "--joint_samples", "1")) == 0
+    for kind in ("translated", "joint"):
+        found = subprocess.run(["bids-validator-deno", "--json", str(tmp_path / "out" / kind)], capture_output=True,
+                               text=True, timeout=120)
+        issues = json.loads(found.stdout)["issues"]["issues"]
+        assert found.returncode == 0 and not [each for each in issues if each["severity"] == "error"], issues
+
+
+def test_on_several_ranks_as_on_one(trained, incomplete, tmp_path, capsys):
+    arguments = words(trained / "checkpoints/best_refine.pth", incomplete, tmp_path, "--batch_size", "2")
+    done = subprocess.run(["torchrun", "--standalone", "--nproc-per-node", "2", "sample.py", *arguments], cwd=ROOT,
+                          capture_output=True, text=True, timeout=240, env={**CHILD, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("volumes are in") == 1
+    other = tmp_path / "one"
+    assert sample.main(words(trained / "checkpoints/best_refine.pth", incomplete, other, "--batch_size", "2")) == 0
+    assert [path.name for path in made(tmp_path)] == [path.name for path in made(other)]
+    for path, same in zip(made(tmp_path), made(other)):
+        np.testing.assert_allclose(nib.load(path).get_fdata(), nib.load(same).get_fdata(), atol=0.5)
+    table = [(tmp_path / "out/translated/metrics.csv"), (other / "out/translated/metrics.csv")]
+    assert [row["subject"] for row in read_csv(table[0])] == [row["subject"] for row in read_csv(table[1])]
 
 
 def test_refusals(trained, study_csv, tmp_path, capsys):
     for model, more, told in ((tmp_path / "none.pth", [], "none.pth"), (trained / "stage1.txt", [], "stage1.txt"),
                               (trained / "checkpoints/best_model.pth", ["--data_root", "nowhere"], "nowhere"),
-                              (trained / "checkpoints/best_model.pth", ["--joint_samples", "-1"], "joint_samples")):
+                              (trained / "checkpoints/best_model.pth", ["--joint_samples", "-1"], "joint_samples"),
+                              (trained / "checkpoints/best_model.pth", ["--uncertainty_samples", "1"], "uncertainty")):
         assert sample.main(words(model, study_csv, tmp_path, *more)) == 2
         message = capsys.readouterr().err
         assert told in message and "Traceback" not in message

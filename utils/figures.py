@@ -1,4 +1,4 @@
-"""Sample grids: labelled PNG pictures of volumes, three orthogonal slices each, in true proportions.
+"""Pictures: grids of volumes, three orthogonal slices each, in true proportions; and charts.
 
 Neurological view: the subject's left is on the left (L and R mark it). Volumes are (X, Y, Z) in RAS order and [-1, 1].
 """
@@ -17,6 +17,8 @@ from utils.files import replace_file
 
 HEIGHT = 120  # pixels of the tallest slice
 GAP, LABEL, FONT = 4, 150, 14
+CHART = 420  # pixels of a chart's axes
+COLOURS = ((31, 90, 180), (200, 80, 20), (20, 130, 70))
 RED = np.array([255.0, 40, 40])
 HEAT = np.array([[0, 0, 0], [120, 0, 90], [230, 60, 40], [255, 190, 60], [255, 255, 235]], dtype=float)  # 0 .. 1
 
@@ -95,4 +97,33 @@ def save_grid(path: Path, title: str, columns: list[str], rows: list[tuple[str, 
         for column, panel in enumerate(row):
             if panel:
                 draw.text((LABEL + GAP + column * (width + GAP) + 1, y), "L", fill=(120, 120, 120), font=font)
+    replace_file(path, lambda file: canvas.save(file, format="PNG"), 3 * canvas.width * canvas.height)
+
+
+def save_chart(path: Path, title: str, axes: tuple[str, str], curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write a PNG: curves, name -> (x, y) above 0, with both axes alike from 0, and the diagonal. Raises FileError."""
+    most = max(float(np.max(values)) for curve in curves.values() for values in curve) * 1.05
+    step = 10.0 ** np.floor(np.log10(most))
+    step *= next(part for part in (0.1, 0.2, 0.5, 1.0) if most / (step * part) <= 10)
+    canvas = Image.new("RGB", (CHART + 2 * FONT + LABEL, CHART + 8 * FONT), "white")
+    draw, font, left, bottom = ImageDraw.Draw(canvas), ImageFont.load_default(FONT), 5 * FONT, CHART + 3 * FONT
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + x / most * CHART, bottom - y / most * CHART
+
+    draw.text((FONT, FONT // 2), title, fill="black", font=font)
+    for tick in np.arange(0, most, step):
+        draw.line([at(tick, 0), at(tick, most)], fill=(225, 225, 225))
+        draw.line([at(0, tick), at(most, tick)], fill=(225, 225, 225))
+        draw.text(at(tick, 0), f"{tick:.3g}", fill="black", font=font, anchor="ma")
+        draw.text((left - 4, at(0, tick)[1]), f"{tick:.3g}", fill="black", font=font, anchor="rm")
+    draw.line([at(0, 0), at(most, most)], fill=(120, 120, 120))
+    draw.text((left + CHART / 2, bottom + 2 * FONT), axes[0], fill="black", font=font, anchor="ma")
+    draw.text((left, bottom - CHART - FONT - 4), axes[1], fill="black", font=font)
+    for place, (name, (x, y)) in enumerate(curves.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        draw.line([at(*point) for point in zip(x, y)], fill=colour, width=2)
+        for point in zip(x, y):
+            draw.circle(at(*point), 4, fill=colour)
+        draw.text((left + FONT, bottom - CHART + FONT * (1 + 1.4 * place)), name, fill=colour, font=font)
     replace_file(path, lambda file: canvas.save(file, format="PNG"), 3 * canvas.width * canvas.height)

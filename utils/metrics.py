@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, spearmanr
 from skimage.metrics import structural_similarity
 
 from utils.files import write_table
 
 DATA_RANGE = 2.0
+DEVIATIONS = np.geomspace(1e-3, 1.0, 25)  # edges of the bins in which a standard deviation is compared with errors
 COLUMNS = ("subject", "direction", "volume", "region", "psnr", "ssim", "mae")
 
 
@@ -36,6 +38,32 @@ def psnr(error: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of an error, data range 2; infinite where there is none."""
     mean_square = float(np.mean(np.square(error, dtype=np.float64)))
     return float(10 * np.log10(DATA_RANGE**2 / mean_square)) if mean_square else float("inf")
+
+
+def reliability(deviation: np.ndarray, error: np.ndarray, region: np.ndarray) -> dict:
+    """How well a standard deviation in each voxel tells how large the error is there; (X, Y, Z), region: bool.
+
+    rank_correlation: Spearman's, of deviation and absolute error, 0 where one is constant. bins: of DEVIATIONS,
+    [voxels, sum of variances, sum of squared errors] each, which add up over volumes; deviations outside go to the
+    first or the last.
+    """
+    deviation, error = deviation[region].astype(np.float64), error[region].astype(np.float64)
+    constant = len(deviation) < 2 or np.ptp(deviation) == 0 or np.ptp(np.abs(error)) == 0
+    place = np.clip(np.digitize(deviation, DEVIATIONS), 1, len(DEVIATIONS) - 1) - 1
+    bins = [np.bincount(place, each, len(DEVIATIONS) - 1).tolist()
+            for each in (np.ones_like(error), deviation**2, error**2)]
+    return {"rank_correlation": 0.0 if constant else float(spearmanr(deviation, np.abs(error)).statistic),
+            "bins": [list(each) for each in zip(*bins)]}
+
+
+def nearest(volumes: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """RMSE of each volume (N, X, Y, Z) to the nearest of the others (X, Y, Z), and which that is, (N,) both."""
+    distance, place = np.full(len(volumes), np.inf), np.zeros(len(volumes), dtype=int)
+    for number, other in enumerate(others):
+        found = np.sqrt(np.square(volumes - other).mean(axis=(1, 2, 3), dtype=np.float64))
+        place[found < distance] = number
+        distance = np.minimum(distance, found)
+    return distance, place
 
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
