@@ -58,10 +58,10 @@ class Anatomy:
     seed: int  # of the noise
 
 
-def anatomies() -> list[Anatomy]:
-    """The subjects of the demo, always the same."""
+def anatomies(first: int = 0, count: int = SUBJECTS) -> list[Anatomy]:
+    """The subjects of the demo, always the same, or (from SUBJECTS on) others of their kind."""
     subjects = []
-    for number in range(SUBJECTS):
+    for number in range(first, first + count):
         random = np.random.default_rng([SEED, number])
         severity = number % len(GROUPS)
         subjects.append(Anatomy(
