@@ -46,7 +46,7 @@ def features(pairs: list[Pair], readings: dict[str, Reading], cache: Path) -> np
 
 def fresh_pairs(folder: Path) -> list[Pair]:
     """Subjects of the demo's kind that are not in the demo, written to `folder`."""
-    subjects, pairs = phantom.anatomies(phantom.SUBJECTS, FRESH), []
+    subjects, pairs = phantom.anatomies(phantom.SUBJECTS, phantom.SUBJECTS + FRESH), []
     with ThreadPoolExecutor(2) as pool:
         for subject, scans in zip(tqdm(subjects, desc="new subjects"), pool.map(phantom.scan, subjects)):
             files = {name: folder / f"{subject.name}_{name}.nii.gz" for name in scans}

@@ -58,10 +58,10 @@ class Anatomy:
     seed: int  # of the noise
 
 
-def anatomies(first: int = 0, count: int = SUBJECTS) -> list[Anatomy]:
-    """The subjects of the demo, always the same, or (from SUBJECTS on) others of their kind."""
+def anatomies(first: int = 0, last: int | None = None) -> list[Anatomy]:
+    """The subjects of the demo, always the same, or (first .. last - 1, from SUBJECTS on) others of their kind."""
     subjects = []
-    for number in range(first, first + count):
+    for number in range(first, SUBJECTS if last is None else last):
         random = np.random.default_rng([SEED, number])
         severity = number % len(GROUPS)
         subjects.append(Anatomy(

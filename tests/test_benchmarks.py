@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import main
-from benchmarks import ablation, group_difference, loader_cost, ranks, refine_ablation, sampling, stage1_quality, step
+from benchmarks import (
+    ablation,
+    augmentation,
+    group_difference,
+    loader_cost,
+    ranks,
+    refine_ablation,
+    sampling,
+    stage1_quality,
+    step,
+)
 from models import layers
 from models.backbone import Backbone
 from opt import PRESETS, opt
@@ -179,3 +189,17 @@ def test_throughput_of_ranks(study_csv, tmp_path):
     assert one["ranks"] == 1 and two["ranks"] == 2
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
     assert len(one["seconds"]) == 1 and one["megabytes"] > 0
+
+
+def test_augmentation_takes_as_many_pairs_of_each_group_and_its_classifier_learns():
+    generator = np.random.default_rng(0)
+    groups = np.array(["A"] * 30 + ["B"] * 30)
+    volumes = generator.normal(0, 1, (60, 50)) + (groups == "B")[:, None]
+    places = augmentation.alike(groups, np.array(["A", "A", "B"] * 5), generator)
+    assert sorted(groups[places]) == ["A"] * 10 + ["B"] * 5 and len(set(places)) == 15
+    tests = {"these": (generator.normal(0, 1, (60, 50)) + (groups == "B")[:, None], groups),
+             "others": (generator.normal(0, 1, (60, 50)), groups)}
+    found = augmentation.accuracies((volumes, groups), tests)
+    assert found[0] > 0.9 and abs(found[1] - 0.5) < 0.2
+    with pytest.raises(SystemExit, match="draw more"):
+        augmentation.alike(groups, np.array(["A"] * 40), generator)
