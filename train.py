@@ -265,7 +265,7 @@ def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
     torch.manual_seed(opt.seed)
     groups = groups_to_learn(opt, study)
     network = DualModalUNet(study.sizes, len(groups), **opt.network_arguments()).to(device)
-    network.set_means(study.mean_volumes())
+    network.set_means(study.mean_volumes(groups))
     network.recompute(opt.gradient_checkpointing)
     members = study.roles["train"]
     per_epoch, total = steps_per_epoch(members, opt.batch_size), total_steps(opt, opt.epochs, len(members))

@@ -127,11 +127,16 @@ class Study:
         """{modality: (B, 1, X, Y, Z)} pattern masks, 0 or 1; all 0 for a pair that has none."""
         return {name: torch.stack([self._mask_of[name][i] for i in positions]).float() for name in self.modalities}
 
-    def mean_volumes(self) -> dict[str, torch.Tensor]:
-        """{modality: (1, 1, X, Y, Z)} mean of the training volumes: the simplest synthesis there is."""
+    def mean_volumes(self, groups: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+        """{modality: (1 + groups, 1, X, Y, Z)} mean of the training volumes, the simplest synthesis there is; then of
+        those of each group."""
         train = self.roles["train"]
-        return {name: torch.from_numpy(sum(load_volume(self._files[name][i]).astype(np.float64) for i in train)
-                                       / len(train)).float()[None, None] for name in self.modalities}
+        members = [train, *([i for i in train if self.pairs[i].group == group] for group in groups)]
+        return {name: torch.stack([self._mean(name, each) for each in members])[:, None] for name in self.modalities}
+
+    def _mean(self, name: str, positions: list[int]) -> torch.Tensor:
+        volumes = (load_volume(self._files[name][i]).astype(np.float64) for i in positions)
+        return torch.from_numpy(sum(volumes) / len(positions)).float()
 
     def train_range(self, name: str) -> tuple[float, float]:
         """Medians over the training volumes of the intensities that became -1 and 1: the units of what is made."""

@@ -33,7 +33,7 @@ class RefineNet(TwoDirections):
         for source, target in self.directions:
             mine, theirs = self.direction(source, target), backbone.direction(source, target)
             weights = {name: value for name, value in theirs.state_dict().items()
-                       if name in mine.state_dict() and not name.startswith("head.")}
+                       if name in mine.state_dict() and not name.startswith("head.") and name != "mean"}
             device = theirs.mean.device
             emb = F.silu(theirs.embedded(torch.tensor([0], device=device), torch.tensor([t], device=device)))
             for name, block in theirs.named_modules():

@@ -81,12 +81,13 @@ class DirectionNet(nn.Module):
     """source (B, 1, Xs, Ys, Zs), target (B, 1, Xt, Yt, Zt), timesteps -> (B, 1, Xt, Yt, Zt).
 
     The buffer `mean`, the target's mean training volume, goes into the body and the target's stem beside their inputs:
-    scans of a study show the same body part in about the same place, which convolutions alone cannot know.
+    scans of a study show the same body part in about the same place, which convolutions alone cannot know. With
+    diagnostic groups it is the mean of the group that is told, and the group is also embedded beside the timesteps.
     fusion "early" also gives the body the target and the stem the source, each resampled to the other's grid; after
     `to_patches` a resampling could no longer place what is inside a patch.
     timesteps: how many the network is told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps,
     the noisy target is also added to the output with a learned gain per timestep: the noise need not be carried through
-    the convolutions. groups: how many diagnostic groups it is told apart; their embedding is added to the timesteps'.
+    the convolutions. groups: how many there are.
     """
 
     def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], timesteps: int, groups: int, *,
@@ -98,7 +99,7 @@ class DirectionNet(nn.Module):
         self.embed = nn.ModuleList(nn.Sequential(nn.Linear(2 * channels, emb_channels), nn.SiLU(),
                                                  nn.Linear(emb_channels, emb_channels)) for _ in range(timesteps))
         grid = tuple(-(-n // patch) for n in source_size)
-        self.register_buffer("mean", torch.zeros(1, 1, *target_size))
+        self.register_buffer("mean", torch.zeros(1 + groups, 1, *target_size))  # the first: of all groups
         inputs = patch**3 * (3 if self.early else 2)
         self.body = UNet(inputs, channels, depth, blocks, emb_channels, grid,
                          attention_tokens, dropout)
@@ -125,7 +126,7 @@ class DirectionNet(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor, *t: Tensor, group: Tensor | None = None) -> Tensor:
         emb = self.embedded(*t, group=group) if t else None
-        mean = self.mean.expand_as(target)
+        mean = self.mean[:1].expand_as(target) if group is None else self.mean[group]
         to_body, to_stem = [source, resize_to(mean, source.shape[2:])], [target, mean]
         if self.early:
             to_body.append(resize_to(target, source.shape[2:]))
@@ -161,7 +162,7 @@ class TwoDirections(nn.Module):
         return self.nets[f"{source}_to_{target}"]
 
     def set_means(self, means: dict[str, Tensor]) -> None:
-        """Give every direction its target's mean training volume, (1, 1, X, Y, Z)."""
+        """Give every direction its target's mean training volumes, (1 + groups, 1, X, Y, Z)."""
         for source, target in self.directions:
             self.direction(source, target).mean.copy_(means[target])
 
