@@ -151,6 +151,8 @@ class Options:
     checkpoint_every: int = 100  # steps between two writings of last_*.pth (also written at the end of each epoch)
     validate_every: int = 10  # epochs between two validations (also at the end of the run)
     num_samples: int = 2  # subjects shown in a sample grid
+    # curves and sample grids also for TensorBoard, where it is installed: tensorboard --logdir results
+    tensorboard: bool = True
     # save and stop this many minutes after the start, reading included; the same command continues. 0: no limit
     max_minutes: float = 0.0
 

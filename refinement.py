@@ -23,7 +23,7 @@ from models.refine import RefineNet
 from models.samplers import spacing
 from utils.distributed import any_rank, share, wait, world
 from utils.figures import Panel, save_grid
-from utils.metrics import psnr, score
+from utils.metrics import psnr, quality, score
 from utils.optimise import Interrupted, StopRequest
 
 COARSE_BATCH = 8  # samples drawn at once
@@ -139,24 +139,30 @@ def coarse_on_new_subjects(work: Refinement) -> str:
     return "\n".join(lines)
 
 
-def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int) -> None:
-    """A grid of source, coarse, refined, truth and absolute error for validation subjects; refined volumes as NIfTI."""
-    study, rows = work.study, []
+def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int) -> tuple[Path, dict[str, float]]:
+    """A grid of source, coarse, refined, truth and their difference for validation subjects; refined volumes as NIfTI.
+
+    Returns the grid's path, and mean psnr and ssim of the refined volumes.
+    """
+    study, rows, scores = work.study, [], []
     for i in work.watch(study.roles["validation"][:work.opt.num_samples]):
         pair, real = study.pairs[i], study.volumes([i])
         for source, target in network.directions:
             coarse, refined = work.coarse(target, [i]), work.refined(network, source, target, [i])
             spacing = {name: spacing_of(study.affines[name][i]) for name in (source, target)}
-            quality = [f"{psnr((each - real[target]).numpy()):.2f} dB" for each in (coarse, refined)]
-            error = (refined - real[target]).abs()
-            rows.append((f"{pair.name}\n{source} -> {target}", [
+            truth, made = real[target][0, 0].numpy(), [each[0, 0].numpy() for each in (coarse, refined)]
+            pattern = study.masks([i])[target][0, 0].numpy() > 0
+            found = [score(each, truth, {})["volume"] for each in made]
+            scores.append(found[1])
+            rows.append((f"{pair.name}\n{source} -> {target}\n{pair.group}", [
                 Panel(real[source][0, 0].numpy(), spacing[source]),
-                Panel(coarse[0, 0].numpy(), spacing[target], quality[0]),
-                Panel(refined[0, 0].numpy(), spacing[target], quality[1]),
-                Panel(real[target][0, 0].numpy(), spacing[target]),
-                Panel(error[0, 0].numpy(), spacing[target], f"mean {error.mean():.3f}; white is 1", kind="error")]))
+                *(Panel(each, spacing[target], quality(values)) for each, values in zip(made, found)),
+                Panel(truth, spacing[target], outline=pattern if pattern.any() else None),
+                Panel(made[1] - truth, spacing[target], kind="difference")]))
             write_volume(folder / "samples" / f"step_{step:06d}" / f"{pair.name}_{target}_refined.nii.gz",
                          to_units(refined[0, 0].numpy(), *study.train_range(target)), study.affines[target][i],
                          pair.files[target])
-    save_grid(folder / f"step_{step:06d}.png", f"Stage 2, step {step}: validation subjects",
-              ["source", "coarse", "refined", "truth", "absolute error"], rows)
+    path = folder / f"step_{step:06d}.png"
+    save_grid(path, f"Stage 2, step {step}, validation subjects. Yellow: the networks",
+              ["source", "coarse", "refined", "truth", "refined minus truth"], rows)
+    return path, {key: float(np.mean([each[key] for each in scores])) for key in ("psnr", "ssim")}

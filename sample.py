@@ -45,7 +45,7 @@ from utils.arguments import parse_arguments
 from utils.distributed import first_on_each_machine, joined, share, wait, writes
 from utils.figures import Panel, save_chart, save_grid
 from utils.files import make_writable, remove_strays, sole_writer, write_table, write_text
-from utils.metrics import reliability, score, write_metrics
+from utils.metrics import quality, reliability, score, write_metrics
 from utils.optimise import Interrupted, StopRequest, leave
 
 SHOWN = 12  # volumes on the page of pictures
@@ -226,7 +226,7 @@ def report_pairs(opt, model: Model, jobs: list[Job], folder: Path, watch: Callab
 
 def picture(jobs: list[Job], model: Model, path: Path) -> None:
     """One page of the first volumes: source, synthesised, deviation, and where it is known the truth and the error."""
-    rows, columns = [], ["source", "synthesised", "truth", "absolute error", "deviation"]
+    rows, columns = [], ["source", "synthesised", "truth", "difference", "deviation"]
     for job in jobs[:SHOWN]:
         scan, files, (low, high) = read_volume(job.path(), "first"), job.pair.files, model.ranges[job.target]
         panels = dict.fromkeys(columns)
@@ -237,12 +237,12 @@ def picture(jobs: list[Job], model: Model, path: Path) -> None:
                 panels[column] = Panel(volume, spacing_of(np.array(facts["affine"])))
         scores, truth = told(job.path()).get("Scores", {}).get("volume"), panels["truth"]
         if scores:
-            made.caption = f"{scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}"
+            made.caption = quality(scores)
         if truth and truth.volume.shape == made.volume.shape:
-            panels["absolute error"] = Panel(np.abs(made.volume - truth.volume), truth.spacing, "white is 1", "error")
+            panels["difference"] = Panel(made.volume - truth.volume, truth.spacing, "", "difference")
         if "UncertaintySamples" in told(job.path("std")).get("MadeWith", {}):
             deviation = read_volume(job.path("std"), "first").voxels / (high - low) * 2
-            panels["deviation"] = Panel(deviation * 2, made.spacing, "white is 0.5", "error")
+            panels["deviation"] = Panel(deviation, made.spacing, "", "deviation")
         about = job.direction.replace("->", " -> ") if job.source else f"{job.target}\n{job.pair.group}"
         rows.append((f"{job.pair.name}\n{about}", panels))
     columns = [name for name in columns if any(panels[name] for _, panels in rows)]

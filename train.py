@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,38 +21,36 @@ import torch
 from tqdm import tqdm
 
 from data.augment import PairTransform
-from data.grids import spacing_of
-from data.intensity import to_units
 from data.split import write_split
 from data.study import Study, steps_per_epoch, training_batch
-from data.volumes import write_volume
 from models.backbone import Backbone
 from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
 from models.losses import pattern_aware_loss, x0_error
 from models.unet import DualModalUNet
-from opt import OptionError
+from opt import OptionError, small
+from pictures import draw_pattern, write_samples
 from utils.checkpoint import Checkpoint
 from utils.distributed import any_rank, parallel, rank, share, summed, to_device, wait, writes
 from utils.ema import EMA
-from utils.figures import Panel, save_grid
 from utils.logger import Log
 from utils.optimise import Interrupted, Optimiser, StopRequest, TrainingError, number_type
+from utils.record import write_record
 
 save_every = 100  # steps between two sample grids in results/
 
 STAGE = "stage 1"
 GROUP_WITHHELD = 0.2  # fraction of the draws of pairs whose group the network is not told
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
-LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error")
+LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error", "psnr", "ssim")
 SAMPLE_OPTIONS = {"sample_dir", "joint_samples", "output_space", "uncertainty_samples"}  # of sample.py
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 2
 FREE_OPTIONS = SAMPLE_OPTIONS | {
                 "refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "max_steps", "max_minutes",
-                "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "sampler",
-                "sampling_steps", "eta", "accumulate", "gradient_checkpointing", "device", "refine_optimiser",
-                "refine_learning_rate", "refine_epochs", "structure_weight", "microstructure_weight",
-                "perceptual_weight", "vgg_weights", "vgg_download", "coarse", "coarse_samples", "coarse_dropout",
-                "residual", "warm_start"}
+                "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples", "tensorboard",
+                "sampler", "sampling_steps", "eta", "accumulate", "gradient_checkpointing", "device",
+                "refine_optimiser", "refine_learning_rate", "refine_epochs", "structure_weight",
+                "microstructure_weight", "perceptual_weight", "vgg_weights", "vgg_download", "coarse",
+                "coarse_samples", "coarse_dropout", "residual", "warm_start"}
 
 
 def model_facts(opt, study: Study) -> dict:
@@ -193,49 +191,6 @@ def validate(backbone: Backbone, study: Study, seed: int, batch_size: int, watch
     return total / max(1, count)
 
 
-def draw_pattern(study: Study, path: Path) -> None:
-    """Once per result folder: the pattern mask over the first training subject that has one, to look at."""
-    if path.exists() or (place := next((i for i in study.roles["train"] if study.has_pattern[i]), None)) is None:
-        return
-    real, masks = study.volumes([place]), study.masks([place])
-    rows = [(f"{study.pairs[place].name}\n{name}",
-             [Panel(real[name][0, 0].numpy(), spacing_of(study.affines[name][place]),
-                    overlay=masks[name][0, 0].numpy() > 0)]) for name in study.modalities]
-    save_grid(path, "Red: where the loss weighs more", ["the slices with most of it"], rows)
-
-
-def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int, watch: Callable) -> None:
-    """A grid of real, translated and jointly sampled volumes of validation subjects, and the sampled volumes as NIfTI.
-
-    The subjects and their noise are the same every time, so that two grids can be flipped between. watch: may raise
-    Interrupted between two steps of the sampler.
-    """
-    def progress(steps: list) -> Iterable:
-        return watch(tqdm(steps, desc="sampling", leave=False, disable=None))
-
-    shown = study.roles["validation"][:opt.num_samples]
-    real = study.volumes(shown)
-    keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
-    how = (study.sizes, opt.sampling_steps, opt.sampler, opt.eta)
-    groups = [study.pairs[i].group for i in shown]
-    made = {"joint": backbone.sample(keys, *how, progress=progress, groups=groups), "translated": {}}
-    for source, target in backbone.network.directions:
-        given = {source: real[source]}
-        made["translated"][target] = backbone.sample(keys, *how, given, progress=progress)[target]
-    rows = []
-    for place, i in enumerate(shown):
-        for name in study.modalities:
-            panels = [Panel(volume[name][place, 0].cpu().numpy(), spacing_of(study.affines[name][i]))
-                      for volume in (real, made["translated"], made["joint"])]
-            rows.append((f"{study.pairs[i].name}\n{name}", panels))
-            for kind, panel in zip(("translated", "joint"), panels[1:]):
-                write_volume(folder / "samples" / f"step_{step:06d}" / f"{study.pairs[i].name}_{name}_{kind}.nii.gz",
-                             to_units(panel.volume, *study.train_range(name)), study.affines[name][i],
-                             study.pairs[i].files[name])
-    save_grid(folder / f"step_{step:06d}.png", f"Stage 1, step {step}: validation subjects",
-              ["real", "sampled, given the other modality", "sampled jointly, from noise alone"], rows)
-
-
 def review(run: Checkpoint, smooth: Backbone, opt, study: Study, log: Log, total: int, stop: StopRequest) -> bool:
     """What is due after a step: validation, which chooses the best, and pictures. False where a stop came first."""
     per_epoch = steps_per_epoch(study.roles["train"], opt.batch_size)
@@ -255,7 +210,9 @@ def review(run: Checkpoint, smooth: Backbone, opt, study: Study, log: Log, total
     if due(run.step, save_every, total):
         if writes():
             with contextlib.suppress(Interrupted):  # the ranks meet below
-                write_samples(smooth, opt, study, log.path.parent, run.step, stop.watch)
+                picture, scores = write_samples(smooth, opt, study, log.path.parent, run.step, stop.watch)
+                log.write("samples", run.step, epoch=epoch, **scores)
+                log.picture(picture, run.step)
         return not stop.agreed()
     return True
 
@@ -279,9 +236,10 @@ def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
     backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, dtype, groups)
                         for each in (parallel(network, device), ema.model))
     folder = Path(opt.result_dir) / "stage1"
-    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.reviewed, run.run_id)
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.reviewed, run.run_id, opt.tensorboard)
     if writes():
         write_split(folder / "split.csv", study.pairs, study.roles)
+        write_record(folder / "run.json", run, opt.resolved(), small().resolved(), study.split)
         if opt.pattern_weight:
             draw_pattern(study, folder / "pattern_mask.png")
     if not continued:

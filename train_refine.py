@@ -25,6 +25,7 @@ from models.diffusion import Purpose, keyed_generator
 from models.losses import blend_weights, microstructure_loss, structure_loss, tissue_loss
 from models.perceptual import PerceptualLoss, cached_weights, load_perceptual_loss
 from models.refine import RefineNet
+from opt import small
 from refinement import Refinement, coarse_on_new_subjects, report, write_samples
 from train import SAMPLE_OPTIONS, augmentation, due, load_batch, model_facts, parts, total_steps
 from train import STAGE as STAGE_1
@@ -43,19 +44,21 @@ from utils.ema import EMA
 from utils.logger import Log
 from utils.metrics import psnr, summary, write_metrics
 from utils.optimise import Interrupted, Optimiser, StopRequest, TrainingError, number_type
+from utils.record import write_record
 
 save_every = 100  # steps between two sample grids in results/
 
 STAGE = "stage 2"
 LOSSES = ("tissue_loss", "structure_loss", "microstructure_loss", "perceptual_loss")
-LOG_COLUMNS = ("kind", "step", "epoch", "loss", *LOSSES, "perceptual_share", "gradient_norm", "learning_rate", "psnr")
+LOG_COLUMNS = ("kind", "step", "epoch", "loss", *LOSSES, "perceptual_share", "gradient_norm", "learning_rate", "psnr",
+               "ssim")
 # What may change when a run continues: how long it is, where it writes, how it is looked at, and all of stage 1
 FREE_OPTIONS = SAMPLE_OPTIONS | {
                 "refine", "resume_path", "check", "data_root", "cache_dir", "epochs", "refine_epochs", "max_steps",
                 "max_minutes", "checkpoint_dir", "result_dir", "checkpoint_every", "validate_every", "num_samples",
-                "accumulate", "gradient_checkpointing", "perceptual_weight", "vgg_weights", "vgg_download", "loss",
-                "timesteps", "prediction", "timestep_coupling", "condition_on_group", "device", "optimiser",
-                "learning_rate"}
+                "tensorboard", "accumulate", "gradient_checkpointing", "perceptual_weight", "vgg_weights",
+                "vgg_download", "loss", "timesteps", "prediction", "timestep_coupling", "condition_on_group",
+                "device", "optimiser", "learning_rate"}
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 to go without)"  # a fingerprint of the run
 # What a stage-2 checkpoint keeps of the backbone's
 BACKBONE_FACTS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges", "affines", "groups")
@@ -222,7 +225,9 @@ def review(run: Checkpoint, smooth: RefineNet, work: Refinement, log: Log, total
     if due(run.step, save_every, total):
         if writes():
             with contextlib.suppress(Interrupted):  # the ranks meet below
-                write_samples(smooth, work, log.path.parent, run.step)
+                picture, scores = write_samples(smooth, work, log.path.parent, run.step)
+                log.write("samples", run.step, epoch=epoch, **scores)
+                log.picture(picture, run.step)
         return not stop.agreed()
     return True
 
@@ -256,9 +261,10 @@ def train_refine(opt, study: Study, device: torch.device, state: dict, stop: Sto
     ema, optimiser = run.parts["ema"], run.parts["optimiser"]
     continued = run.resume(Path(opt.resume_path) if state["stage"] == STAGE else None, FREE_OPTIONS)
     folder = Path(opt.result_dir) / "refine"
-    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.reviewed, run.run_id)
+    log = Log(folder / "log.csv", LOG_COLUMNS, run.step, run.reviewed, run.run_id, opt.tensorboard)
     if writes():
         write_split(folder / "split.csv", study.pairs, study.roles)
+        write_record(folder / "run.json", run, opt.resolved(), small().resolved(), study.split)
     work = Refinement(opt, study, backbone, backbone_hash, perceptual, stop)
     if stop.agreed():
         print(f"Stopped before training ({stop.reason}); the same command continues.", flush=True)

@@ -52,8 +52,8 @@ class Study:
                     self.problems.append(repaired(pair, name, facts["repaired"]))
         refuse(identical_scans(scans))
         self.fingerprint = content.hexdigest()
-        self.split_fingerprint = hashlib.sha256(json.dumps(
-            {role: [pairs[i].name for i in members] for role, members in roles.items()}).encode()).hexdigest()
+        self.split = {role: [pairs[i].name for i in members] for role, members in roles.items()}
+        self.split_fingerprint = hashlib.sha256(json.dumps(self.split).encode()).hexdigest()
 
     def set_pattern(self, networks: tuple[str, ...], radius: float, space: str, file: str = "",
                     labels: tuple[int, ...] = ()) -> int:

@@ -49,10 +49,10 @@ class Backbone:
 
     def sample(self, keys: list[tuple[int, ...]], sizes: dict[str, tuple[int, ...]], steps: int, sampler: str,
                eta: float, given: dict[str, Tensor] | None = None, progress=iter,
-               groups: list[str] | None = None) -> Volumes:
+               groups: list[str] | None = None, trace: list | None = None) -> Volumes:
         """One sample of every modality per noise key; `given` modalities stay as they are. groups: their names."""
         noise = {name: each.to(self.device) for name, each in keyed_noise(sizes, *keys).items()}
         given = {name: each.to(self.device) for name, each in (given or {}).items()}
         network = functools.partial(self, group=self.numbered(groups) if groups else None)
         return sample(self.diffusion, network, noise, steps, sampler=sampler, eta=eta, given=given,
-                      coupling=self.coupling, keys=keys, progress=progress)
+                      coupling=self.coupling, keys=keys, progress=progress, trace=trace)

@@ -171,7 +171,8 @@ def test_metrics_file_and_table(tmp_path):
 def test_a_grid_shows_its_volumes_in_place(tmp_path):
     bright, dark = np.ones((10, 12, 8)), -np.ones((10, 12, 8))
     spacing = spacing_of(np.diag([2.0, 2, 3, 1]))
-    rows = [("a", [Panel(bright, spacing), Panel(dark, spacing)]), ("b", [Panel(dark, spacing, kind="error"), None])]
+    rows = [("a", [Panel(bright, spacing), Panel(dark, spacing)]),
+            ("b", [Panel(0 * dark, spacing, kind="difference"), None])]
     save_grid(tmp_path / "grid.png", "title", ["one", "two"], rows)
     picture = np.asarray(Image.open(tmp_path / "grid.png").convert("L")).astype(int)
     columns = picture[60:170].mean(axis=0)

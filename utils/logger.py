@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from utils.board import Board
 from utils.distributed import writes
 from utils.files import cannot_write, write_table, write_text
 
@@ -65,16 +66,19 @@ class LogError(ValueError):
 class Log:
     """Appends rows to a CSV file, on the first rank. A continued run first drops the rows of what it does again.
 
-    columns: the first two must be "kind" (training or validation) and "step". step, reviewed: the last step that is
-    trained, and validated. run_id: the same for a run and its continuations, kept in run_id.txt beside the log.
-    Raises LogError where the file holds the steps of another run, FileError where it cannot be written.
+    columns: the first two must be "kind" (training, validation or samples) and "step". step, reviewed: the last step
+    that is trained, and validated. run_id: the same for a run and its continuations, kept in run_id.txt beside the log.
+    tensorboard: whether TensorBoard is written, too. Raises LogError where the file holds the steps of another run,
+    FileError where it cannot be written.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], step: int, reviewed: int, run_id: str):
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int, reviewed: int, run_id: str,
+                 tensorboard: bool = False):
+        self.path, self.columns, self.board = path, columns, None
         if not writes():
             return
-        rows, last, owner = [], {"training": step, "validation": reviewed}, path.with_name("run_id.txt")
+        rows, owner = [], path.with_name("run_id.txt")
+        last = {"training": step, "validation": reviewed, "samples": reviewed}
         if path.exists():
             try:
                 rows = self._rows()
@@ -86,9 +90,11 @@ class Log:
                 raise LogError(f"{path} belongs to another run than the checkpoints in opt.checkpoint_dir (its run is "
                                f"named in {owner.name}). It is left as it is; set opt.result_dir to another folder, or "
                                "move the old results away")
-        rows = [row for row in rows if row["kind"] in last]
-        write_table(path, columns, [row for row in rows if int(row["step"]) <= last[row["kind"]]])
+        rows = [row for row in rows if int(row["step"]) <= last.get(row["kind"], -1)]
+        write_table(path, columns, rows)
         write_text(owner, run_id)
+        if tensorboard:
+            self.board = Board(path.parent / "tensorboard", rows, reviewed)
 
     def _rows(self) -> list[dict]:
         """What the file holds, without what a power cut tore. Raises OSError, csv.Error."""
@@ -110,3 +116,10 @@ class Log:
                     for name in self.columns)
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        if self.board:
+            self.board.add(kind, step, values)
+
+    def picture(self, path: Path, step: int) -> None:
+        """Show a sample grid that was just written in TensorBoard, too."""
+        if self.board:
+            self.board.picture(path, step)

@@ -34,6 +34,11 @@ def score(candidate: np.ndarray, truth: np.ndarray, regions: dict[str, np.ndarra
     return scores
 
 
+def quality(scores: dict[str, float]) -> str:
+    """PSNR and SSIM as a caption."""
+    return f"{scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}"
+
+
 def psnr(error: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of an error, data range 2; infinite where there is none."""
     mean_square = float(np.mean(np.square(error, dtype=np.float64)))
