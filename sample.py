@@ -133,9 +133,10 @@ def write_translation(opt, model: Model, job: Job, made: dict[str, np.ndarray], 
     reference = files.get(job.source if opt.output_space == "source" else job.target)
     more = {}
     if truth is not None:
-        more = {"synth": {"Scores": score(made["synth"], truth, {"brain": brain_region(truth)})}}
+        brain = brain_region(truth)
+        more = {name: {"Scores": score(made[name], truth, {"brain": brain})} for name in made if name != "std"}
         if "std" in made:
-            more["std"] = {"Reliability": reliability(made["std"], made["mean"] - truth, brain_region(truth))}
+            more["std"] = {"Reliability": reliability(made["std"], made["mean"] - truth, brain)}
     for name in ("mean", "std", "synth"):  # the volume itself last
         if name in made:
             volume = made[name] * (high - low) / 2 if name == "std" else to_units(made[name], low, high)
@@ -172,20 +173,23 @@ def draw(opt, model: Model, folder: Path, stop: StopRequest) -> list[Job]:
 
 def report_translations(jobs: list[Job], folder: Path, uncertain: bool) -> str:
     """metrics.csv, and uncertainty.csv with calibration.png, of those whose truth is known; returns a summary."""
-    scored = [(job, facts["Scores"]) for job in jobs if (facts := told(job.path())).get("Scores")]
+    kinds = {"synth": "synthesised", **({"mean": "averaged"} if uncertain else {})}
+    scored = [(job, kind, facts["Scores"]) for job in jobs for kind in kinds
+              if (facts := told(job.path(kind))).get("Scores")]
     if not scored:
         return ""
     write_metrics(folder / "metrics.csv", [
-        {"subject": job.pair.name, "direction": job.direction, "volume": "synthesised", "region": region, **values}
-        for job, scores in scored for region, values in scores.items()])
+        {"subject": job.pair.name, "direction": job.direction, "volume": kinds[kind], "region": region, **values}
+        for job, kind, scores in scored for region, values in scores.items()])
     lines = []
-    for direction in dict.fromkeys(job.direction for job, _ in scored):
-        mine = [scores["volume"] for job, scores in scored if job.direction == direction]
+    for direction, kind in dict.fromkeys((job.direction, kind) for job, kind, _ in scored):
+        mine = [scores["volume"] for job, each, scores in scored if (job.direction, each) == (direction, kind)]
         psnr, ssim = (np.array([each[name] for each in mine]) for name in ("psnr", "ssim"))
-        lines.append(f"{direction}: {psnr.mean():.2f} +- {psnr.std():.2f} dB, SSIM {ssim.mean():.3f} +- "
+        lines.append(f"{direction}, {kinds[kind]}: {psnr.mean():.2f} +- {psnr.std():.2f} dB, SSIM {ssim.mean():.3f} +- "
                      f"{ssim.std():.3f} ({len(mine)} with a truth)")
     if uncertain:
-        lines += report_uncertainty([(job, told(job.path("std"))["Reliability"]) for job, _ in scored], folder)
+        lines += report_uncertainty([(job, told(job.path("std"))["Reliability"]) for job, kind, _ in scored
+                                     if kind == "mean"], folder)
     return "\n".join(lines)
 
 
@@ -208,7 +212,7 @@ def report_uncertainty(known: list[tuple[Job, dict]], folder: Path) -> list[str]
                      f"[-1, 1]); their rank correlation {np.mean(mine):.2f} ({min(mine):.2f} .. {max(mine):.2f})")
     if curves:
         save_chart(folder / "calibration.png", "Is the deviation as large as the error? Brain voxels, of [-1, 1]",
-                   ("standard deviation of the samples", "root mean square error of their mean"), curves)
+                   ("standard deviation of the samples", "root mean square error of their mean, refined"), curves)
     return lines
 
 

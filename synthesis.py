@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 import train
@@ -18,6 +19,11 @@ from models.refine import RefineNet
 from opt import OptionError
 from utils.checkpoint import UNFIT, CheckpointError, content_hash, read_checkpoint
 from utils.optimise import number_type
+
+# Voxels (Gaussian) over which the samples' variance is averaged: K samples tell that of a voxel to 1 / sqrt(2 K).
+# Chosen on the demo's validation subjects, with 16 samples: rank correlation with the error 0.38 / 0.29 for stage 1,
+# 0.36 / 0.21 without
+POOLED = 0.7
 
 
 class Model:
@@ -87,9 +93,11 @@ class Model:
     @torch.no_grad()
     def translate(self, source: str, target: str, volumes: np.ndarray, keys: list[int], uncertain: int,
                   watch: Callable) -> dict[str, np.ndarray]:
-        """Sources (B, X, Y, Z) -> {"synth": targets}, and with `uncertain` samples their "mean" and "std", alike.
+        """Sources (B, X, Y, Z) -> {"synth": targets}, and with `uncertain` samples "mean" and "std", alike.
 
-        keys: one per source: its noise depends on (seed, key, number of the sample). watch: may raise Interrupted.
+        mean: what is made of the mean of so many samples of the prior, as synth is of fewer; std: the samples' standard
+        deviation. keys: one per source: its noise depends on (seed, key, number of the sample). watch: may raise
+        Interrupted.
         """
         given = torch.from_numpy(volumes)[:, None].to(self.backbone.device)
         B, count = len(given), max(self.count, uncertain)
@@ -99,11 +107,14 @@ class Model:
             drawn = self._drawn([(self.seed, Purpose.COARSE, key, k) for key in keys for k in range(count)], target,
                                 {source: given.repeat_interleave(count, dim=0)} if self.coarse == "given" else {},
                                 watch).unflatten(0, (B, count))[:, :, 0]
-        made = {"synth": self._refined(source, target, given, drawn[:, :self.count].mean(dim=1, keepdim=True))}
+        counts = {"synth": self.count, **({"mean": uncertain} if uncertain else {})}
+        made = {name: self._refined(source, target, given, drawn[:, :some].mean(dim=1, keepdim=True))
+                for name, some in counts.items()}
+        made = {name: each[:, 0].cpu().numpy() for name, each in made.items()}
         if uncertain:
-            samples = torch.stack([self._refined(source, target, given, drawn[:, k:k + 1]) for k in range(uncertain)])
-            made |= {"mean": samples.mean(dim=0), "std": samples.std(dim=0)}
-        return {name: each[:, 0].cpu().numpy() for name, each in made.items()}
+            variance = drawn[:, :uncertain].var(dim=1).cpu().numpy()
+            made["std"] = np.sqrt(gaussian_filter(variance, POOLED, axes=(1, 2, 3)))
+        return made
 
     def _refined(self, source: str, target: str, volumes: Tensor, coarse: Tensor) -> Tensor:
         if self.refiner is None:
