@@ -17,7 +17,7 @@ from data.intensity import brain_region, to_units
 from data.study import Study
 from data.volumes import write_volume
 from models.backbone import Backbone
-from models.diffusion import Purpose, keyed_generator
+from models.diffusion import Purpose, keyed_generator, name_key
 from models.perceptual import PerceptualLoss
 from models.refine import RefineNet
 from models.samplers import spacing
@@ -47,7 +47,7 @@ class Refinement:
         diffusion = backbone.diffusion
         sampler = (backbone_hash, diffusion.prediction, backbone.coupling, opt.coarse, opt.sampler,
                    spacing(diffusion.timesteps, opt.sampling_steps, opt.sampler), opt.eta, opt.seed, backbone.dtype,
-                   study.fingerprint)
+                   study.fingerprint, "keyed by name")
         folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(sampler).encode()).hexdigest()[:24]
         self.samples = CoarseVolumes(folder, [pair.name for pair in study.pairs], study.sizes, opt.coarse_samples)
         if opt.coarse != "none":
@@ -66,7 +66,8 @@ class Refinement:
         opt, members = self.opt, [i for i, _ in batch]
         given = {name: volume for name, volume in self.study.volumes(members).items()
                  if opt.coarse == "given" and name not in targets}
-        made = self.backbone.sample([(opt.seed, Purpose.COARSE, i, k) for i, k in batch], self.study.sizes,
+        made = self.backbone.sample([(opt.seed, Purpose.COARSE, name_key(self.study.pairs[i].name), k)
+                                     for i, k in batch], self.study.sizes,
                                     opt.sampling_steps, opt.sampler, opt.eta, given, progress=self.watch)
         return {name: made[name][:, 0].cpu().numpy() for name in targets}
 

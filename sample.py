@@ -11,9 +11,7 @@ there already, whole and made the same way, is not made again. Exit status: as t
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ from data.pairs import Pair, find_visits
 from data.problems import refuse
 from data.volumes import read_volume, write_volume
 from memorisation import check_memorisation
+from models.diffusion import name_key
 from opt import PRESETS, OptionError, opt
 from program import FINISHED, choose_device, guarded
 from synthesis import Model
@@ -76,12 +75,8 @@ def translations(opt, model: Model, folder: Path) -> list[Job]:
     for note in refuse(problems):
         print(f"note: {note}")
     refuse_same_place(visits, model.names[0])
-    place, jobs = itertools.count(), []
-    for pair in visits:  # complete pairs have the noise that the trainer gives them
-        key = next(place) if len(pair.files) == 2 else 2**20 + zlib.crc32(pair.name.encode())
-        jobs += [Job(pair, source, target, (key,), folder)
-                 for source, target in (model.names, model.names[::-1]) if source in pair.files]
-    return jobs
+    return [Job(pair, source, target, (name_key(pair.name),), folder) for pair in visits
+            for source, target in (model.names, model.names[::-1]) if source in pair.files]
 
 
 def batches(jobs: list, size: int, kind: Callable) -> list[list]:

@@ -9,6 +9,7 @@ Volumes of both modalities travel as {modality: (B, 1, X, Y, Z)}, timesteps as {
 from __future__ import annotations
 
 import math
+import zlib
 from enum import IntEnum
 
 import numpy as np
@@ -37,6 +38,11 @@ def cosine_alpha_bar(timesteps: int, s: float = 0.008) -> Tensor:
 def keyed_generator(*key: int) -> torch.Generator:
     """A private random generator that depends on the key alone: (seed, purpose, step or sample, ...)."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def name_key(name: str) -> int:
+    """A subject's number in noise keys: it does not depend on who else is in the study."""
+    return zlib.crc32(name.encode())
 
 
 def keyed_noise(sizes: dict[str, tuple[int, ...]], *keys: tuple[int, ...]) -> Volumes:

@@ -73,14 +73,20 @@ def where(folder: Path, subject: str, modality: str, description: str = "synth",
 
 @pytest.mark.parametrize("name, rows", [("best_refine.pth", "refined"), ("best_model.pth", "coarse")])
 def test_scores_are_those_of_the_trainer(trained, study_csv, tmp_path, name, rows, capsys):
-    """Of the same subjects: those of stage 2; those of its coarse volumes, which are the translations of stage 1."""
-    assert sample.main(words(trained / "checkpoints" / name, study_csv, tmp_path)) == 0
+    """Of the same subjects: those of stage 2; those of its coarse volumes, which are the translations of stage 1.
+
+    Whoever else is in the table.
+    """
+    roles = {row["subject"]: row["role"] for row in read_csv(trained / "results/stage1/split.csv")}
+    write_csv(tmp_path / "some.csv", [{**row, **{each: str(study_csv.parent / row[each]) for each in SIZES}}
+                                      for row in read_csv(study_csv) if roles[row["subject"]] != "train"])
+    assert sample.main(words(trained / "checkpoints" / name, tmp_path / "some.csv", tmp_path)) == 0
     found = {(row["subject"], row["direction"], row["region"]): float(row["psnr"])
              for row in read_csv(tmp_path / "out/translated/metrics.csv")}
     expected = {(row["subject"], row["direction"], row["region"]): float(row["psnr"])
                 for row in read_csv(trained / "results/refine/metrics.csv")
                 if row["volume"] == rows and row["region"] != "pattern"}
-    assert len(found) == 6 * 2 * 2 and expected.keys() <= found.keys()
+    assert expected and expected.keys() < found.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=0.01)
 
@@ -112,7 +118,7 @@ def test_reliability_of_errors_that_a_deviation_tells():
     error, inside = generator.normal(0, deviation), np.ones((20, 20, 20), dtype=bool)
     found = reliability(deviation, error, inside)
     for count, variance, squares in found["bins"]:
-        assert count < 100 or squares == pytest.approx(variance, rel=0.35)
+        assert count < 400 or squares == pytest.approx(variance, rel=0.25)
     assert np.sum(found["bins"], axis=0)[0] == 8000 and found["rank_correlation"] > 0.4
     assert abs(reliability(deviation, generator.permutation(error.ravel()).reshape(error.shape), inside)
                ["rank_correlation"]) < 0.05
