@@ -45,7 +45,7 @@ def parse_arguments(opt, presets: dict[str, Callable], argv: list[str], descript
         heading, text = texts[setting.name]
         group = groups.setdefault(heading, None) or parser.add_argument_group(heading)
         groups[heading] = group
-        default = _shown(getattr(opt, setting.name)).replace("%", "%%")
+        default = shown(getattr(opt, setting.name)).replace("%", "%%")
         group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, **_kind(hints[setting.name]),
                            help=f"{text.replace('%', '%%')} [{default}]")
     given = vars(parser.parse_args(argv))
@@ -60,13 +60,13 @@ def parse_arguments(opt, presets: dict[str, Callable], argv: list[str], descript
     return settings
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as one would type it on the command line."""
     if isinstance(value, dict):
-        return " ".join(f"{key}={_shown(each)}" for key, each in value.items())
+        return " ".join(f"{key}={shown(each)}" for key, each in value.items()) or "empty"
     if isinstance(value, (tuple, list)):
-        return ("x" if value and isinstance(value[0], int) else " ").join(map(str, value))
-    return str(value) if value != "" else "empty"
+        return ("x" if value and isinstance(value[0], int) else " ").join(map(str, value)) or "empty"
+    return str(value) or "empty"
 
 
 def _kind(annotation: object) -> dict:
