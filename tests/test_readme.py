@@ -61,7 +61,7 @@ def test_every_command_is_understood():
     for words in commands():
         script = next((word for word in words if word in ("main.py", "sample.py")), "")
         if script:
-            rest = [word for word in words[words.index(script) + 1:] if word != "..."]
+            rest = [word for word in words[words.index(script) + 1:] if word not in ("...", "--help")]
             settings = parse_arguments(opt, PRESETS, rest, "")
             settings.validate()
         elif words[:2] == ["python", "-m"]:
