@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,7 +41,8 @@ from utils.record import write_record
 save_every = 100  # steps between two sample grids in results/
 
 STAGE = "stage 1"
-GROUP_WITHHELD = 0.2  # fraction of the draws of pairs whose group the network is not told
+GROUP_WITHHELD = 0.2  # fraction of the draws in which neither modality is given and the network is not told the group
+FEWEST_OF_A_GROUP = 5  # training pairs whose mean volume the network is told
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error", "psnr", "ssim")
 SAMPLE_OPTIONS = {"sample_dir", "joint_samples", "output_space", "uncertainty_samples"}  # of sample.py
@@ -64,11 +67,27 @@ def model_facts(opt, study: Study) -> dict:
 
 def groups_to_learn(opt, study: Study) -> tuple[str, ...]:
     """The groups that the network is told apart, none without opt.condition_on_group. Raises OptionError."""
-    groups = study.groups() if opt.condition_on_group else ()
-    if opt.condition_on_group and len(groups) < 2:
+    if not opt.condition_on_group:
+        return ()
+    counts = Counter(study.pairs[i].group for i in study.roles["train"])
+    groups = tuple(sorted(set(counts) - {""}))
+    if len(groups) < 2:
         raise OptionError(f"opt.condition_on_group = True: the training pairs are of {len(groups)} groups; fill the "
                           "column group of the table (or of participants.tsv) with two or more")
+    if few := [f"{name} ({counts[name]})" for name in groups if counts[name] < FEWEST_OF_A_GROUP]:
+        raise OptionError(f"opt.condition_on_group = True: the network is told the mean volume of a group, which must "
+                          f"not be that of single subjects, but of {', '.join(few)} there are fewer than "
+                          f"{FEWEST_OF_A_GROUP} training pairs; correct the labels, join groups, or empty theirs")
     return groups
+
+
+def stage_1_facts(opt, study: Study, groups: tuple[str, ...]) -> dict:
+    """As `model_facts`, with the groups that the network is told."""
+    facts = {**model_facts(opt, study), "groups": list(groups)}
+    if groups:
+        of_pairs = [(pair.name, pair.group) for pair in study.pairs]
+        facts["fingerprints"]["groups"] = hashlib.sha256(json.dumps(of_pairs).encode()).hexdigest()
+    return facts
 
 
 def total_steps(opt, epochs: int, pairs: int) -> int:
@@ -140,7 +159,8 @@ def direction_loss(backbone: Backbone, opt, study: Study, batch: list[int], step
     x0, masks = load_batch(study, [batch[place] for place in places], augmentation(opt, study, step, places), device)
     noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
     noise = {each: to_device(volumes, device) for each, volumes in noise.items()}
-    groups = [told_group(opt, study, batch[place], step, place) for place in places]
+    groups = [told_group(opt, study, batch[place], step, place) if all(each[place] for each in times.values()) else ""
+              for place in places]  # a translation is not told
     t = {each: to_device(drawn[places], device) for each, drawn in times.items()}
     xt = {each: diffusion.noisy(x0[each], noise[each], t[each]) for each in x0}
     predicted = backbone(xt, t, {name}, backbone.numbered(groups))[name]
@@ -184,8 +204,7 @@ def validate(backbone: Backbone, study: Study, seed: int, batch_size: int, watch
             time = max(1, round(fraction * diffusion.timesteps))
             t = {name: torch.full((len(batch),), time, device=device) for name in x0}
             xt = {name: diffusion.noisy(x0[name], to_device(noise[name], device), t[name]) for name in x0}
-            group = backbone.numbered([study.pairs[i].group for i in batch])
-            for name, output in backbone(xt, t, group=group).items():
+            for name, output in backbone(xt, t).items():
                 errors += x0_error(diffusion.x0(xt[name], output, t[name]), x0[name]).tolist()
     total, count = summed(sum(errors), len(errors))
     return total / max(1, count)
@@ -231,7 +250,7 @@ def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
     optimiser = Optimiser(network, opt.learning_rate, opt.warmup_steps, total, opt.gradient_clip, opt.optimiser,
                           dtype == torch.float16)
     run = Checkpoint(STAGE, Path(opt.checkpoint_dir), {"model": network, "ema": ema, "optimiser": optimiser},
-                     {**model_facts(opt, study), "groups": list(groups)}, worst=math.inf)
+                     stage_1_facts(opt, study, groups), worst=math.inf)
     continued = run.resume(Path(opt.resume_path) if opt.resume_path else None, FREE_OPTIONS)
     backbone, smooth = (Backbone(each, diffusion, opt.timestep_coupling, device, dtype, groups)
                         for each in (parallel(network, device), ema.model))

@@ -101,10 +101,6 @@ class Study:
             self._masks[key] = torch.from_numpy(mask)[None]
         return self._masks[key]
 
-    def groups(self) -> tuple[str, ...]:
-        """The diagnostic groups of the training pairs, sorted."""
-        return tuple(sorted({self.pairs[i].group for i in self.roles["train"]} - {""}))
-
     def apart(self) -> list[Problem]:
         """The pairs whose two fields of view differ by more than one (larger) voxel at some corner, in mm."""
         return [problem for i, pair in enumerate(self.pairs)
