@@ -163,7 +163,8 @@ class Options:
     # grid of a translation: "target", the other modality's (its own file's, or that of training over the source's field
     # of view), or "source", that of the source's file
     output_space: Literal["target", "source"] = "target"
-    # samples of each translation whose voxel-wise standard deviation is written beside it; 0: none
+    # samples of the prior for each translation, given its source: what is made of their mean, and their voxel-wise
+    # standard deviation, are written beside it; 0: none
     uncertainty_samples: int = 0
 
     def __post_init__(self) -> None:
@@ -303,6 +304,7 @@ def _rules(o: Options) -> list[tuple[str, bool, str]]:
         ("patch_size", o.patch_size > 8, "must be at most 8 voxels"),
         ("unet_depth", o.unet_depth > 6, "six levels shrink the volume 32-fold; choose fewer"),
         ("base_channels", o.base_channels % 8 != 0, "must be a multiple of 8 (group normalisation)"),
+        ("joint_samples", o.joint_samples >= 10**6, "must be below a million"),
         ("uncertainty_samples", o.uncertainty_samples == 1, "one sample has no deviation; give two or more, or 0"),
         ("refine", o.refine and not o.resume_path,
          'stage 2 needs a trained backbone: set opt.resume_path, for example "./checkpoints/best_model.pth"'),

@@ -13,7 +13,7 @@ from data.intensity import to_units
 from data.study import Study
 from data.volumes import write_volume
 from models.backbone import Backbone
-from models.diffusion import Purpose
+from models.diffusion import Purpose, Volumes
 from utils.figures import Panel, save_grid
 from utils.metrics import quality, score
 
@@ -41,7 +41,7 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
     def progress(steps: list) -> Iterable:
         return watch(tqdm(steps, desc="sampling", leave=False, disable=None))
 
-    shown, states = study.roles["validation"][:opt.num_samples], []
+    shown, states = study.roles["validation"][:opt.num_samples], States(opt.sampling_steps)
     real, masks, rows, scores = study.volumes(shown), study.masks(shown), [], []
     keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
     how = (study.sizes, opt.sampling_steps, opt.sampler, opt.eta)
@@ -65,23 +65,31 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
                 write_volume(folder / "samples" / f"step_{step:06d}" / f"{pair.name}_{name}_{kind}.nii.gz",
                              to_units(volumes[kind], *study.train_range(name)), study.affines[name][i],
                              pair.files[name])
-    draw_states(states, study, shown[0], folder / f"denoising_{step:06d}.png", step)
+    draw_states(states.kept, study, shown[0], folder / f"denoising_{step:06d}.png", step)
     path = folder / f"step_{step:06d}.png"
     save_grid(path, f"Stage 1, step {step}, validation subjects. Yellow: the networks",
               ["real", "sampled, given the other modality", "sampled minus real", "sampled jointly, from noise"], rows)
     return path, {key: float(np.mean([each[key] for each in scores])) for key in ("psnr", "ssim")}
 
 
-def draw_states(states: list, study: Study, i: int, path: Path, step: int) -> None:
-    """How the first of the jointly sampled pairs came out of noise: noisy volumes, and what was taken for clean.
+class States:
+    """Keeps (t, noisy volumes, estimates of the clean ones) of the first sample at STATES of a sampler's steps."""
 
-    states: as `models.samplers.sample` traces them. i: a pair whose spacing it has.
-    """
-    chosen = [states[place] for place in sorted({round(x) for x in np.linspace(0, len(states) - 1, STATES)})]
+    def __init__(self, steps: int):
+        self.wanted, self.seen, self.kept = {round(x) for x in np.linspace(0, steps - 1, STATES)}, 0, []
+
+    def __call__(self, t: int, *volumes: Volumes) -> None:
+        if self.seen in self.wanted:
+            self.kept.append((t, *({name: volume[0, 0].float().cpu().numpy() for name, volume in each.items()}
+                                   for each in volumes)))
+        self.seen += 1
+
+
+def draw_states(states: list, study: Study, i: int, path: Path, step: int) -> None:
+    """How the first of the jointly sampled pairs came out of noise. i: a pair whose spacing it has."""
     rows = []
     for name in study.modalities:
         spacing = spacing_of(study.affines[name][i])
         for words, place in (("noisy", 1), ("estimate\nof the volume", 2)):
-            rows.append((f"{name}\n{words}", [Panel(state[place][name][0, 0].float().cpu().numpy(), spacing)
-                                              for state in chosen]))
-    save_grid(path, f"Stage 1, step {step}: one pair, from noise", [f"t = {state[0]}" for state in chosen], rows)
+            rows.append((f"{name}\n{words}", [Panel(state[place][name], spacing) for state in states]))
+    save_grid(path, f"Stage 1, step {step}: one pair, from noise", [f"t = {state[0]}" for state in states], rows)

@@ -24,6 +24,7 @@ from utils.optimise import number_type
 # Chosen on the demo's validation subjects, with 16 samples: rank correlation with the error 0.38 / 0.29 for stage 1,
 # 0.36 / 0.21 without
 POOLED = 0.7
+SAMPLING = ("seed", "sampler", "sampling_steps", "eta", "coarse_samples")
 
 
 class Model:
@@ -53,16 +54,28 @@ class Model:
             self.affines = {name: np.array(state["affines"][name], dtype=float) for name in state["sizes"]}
             self.ranges = {name: tuple(map(float, state["ranges"][name])) for name in state["sizes"]}
             self.split = {name: saved[name] for name in ("folds", "fold", "validation_fraction", "seed")}
-            self.fingerprints = dict(state["fingerprints"])
+            self.fingerprints, self.flipped = dict(state["fingerprints"]), "flip" in saved["augment"]
         except UNFIT as error:
             raise CheckpointError(f"{opt.resume_path}: does not fit this version of PDS ({error})") from error
-        if opt.uncertainty_samples and self.coarse == "none":
+        if opt.uncertainty_samples and self.coarse != "given":
             raise OptionError(f"opt.uncertainty_samples = {opt.uncertainty_samples}: {opt.resume_path} was refined "
-                              'without a prior (opt.coarse = "none"), so nothing in it is random; set it to 0')
+                              f"with opt.coarse = {self.coarse!r}: its prior does not see the source, and cannot "
+                              "tell what that leaves open; set it to 0")
+        if self.sampler["steps"] > self.backbone.diffusion.timesteps:
+            raise OptionError(f"opt.sampling_steps = {self.sampler['steps']}: the model in {opt.resume_path} has "
+                              f"{self.backbone.diffusion.timesteps} timesteps; choose at most that many")
         self.names, self.groups, self.at_once = tuple(self.readings), self.backbone.groups, opt.batch_size
-        self.joint_seed, self.cache, self._seen = opt.seed, Path(opt.cache_dir), {}
-        self.how = {"Stage": state["stage"], "Weights": content_hash(self.refiner or self.backbone.network),
-                    "Sampler": self.sampler, "Seed": self.seed, "Prior": self.coarse, "Samples": self.count}
+        self.cache, self._seen, joint = Path(opt.cache_dir), {}, opt.joint_samples > 0
+        self.seed = opt.seed if joint else self.seed
+        made_by = {"Prior": self.backbone.network} | ({} if first or joint else {"Refinement": self.refiner})
+        self.how = {"Stage": "stage 1" if joint else state["stage"],
+                    "Weights": {name: content_hash(network) for name, network in made_by.items()},
+                    "Precision": str(self.backbone.dtype).removeprefix("torch."), "Sampler": self.sampler,
+                    "Seed": self.seed, "Given": "nothing" if joint else self.coarse,
+                    "Samples": 1 if joint else self.count,
+                    "Training": {name: self.fingerprints[name] for name in ("data", "split")}}
+        ignored = [f"{name} = {how[name]!r}" for name in SAMPLING if not first and how[name] != opt.resolved()[name]]
+        self.note = f"stage 2 samples as it was trained: {', '.join(ignored)}" if ignored else ""
 
     def read(self, name: str, file: Path) -> tuple[np.ndarray, dict]:
         """A file's volume (X, Y, Z) as the model sees it, and what is known of it. Raises VolumeError, FileError."""
@@ -124,7 +137,7 @@ class Model:
 
     def draw(self, numbers: list[tuple[int, int]], watch: Callable) -> dict[str, np.ndarray]:
         """New pairs by the prior of stage 1, {modality: (B, X, Y, Z)}; numbers: (number, group from 1 or 0) of each."""
-        made = self.backbone.sample([(self.joint_seed, Purpose.JOINT, *number) for number in numbers], self._sizes(),
+        made = self.backbone.sample([(self.seed, Purpose.JOINT, *number) for number in numbers], self._sizes(),
                                     **self.sampler, progress=watch,
                                     groups=[self.groups[group - 1] if group else "" for _, group in numbers])
         return {name: each[:, 0].cpu().numpy() for name, each in made.items()}

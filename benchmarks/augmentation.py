@@ -11,6 +11,7 @@ are rendered as the demo's are, because 12 subjects tell little.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +20,13 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import RidgeClassifierCV
+from sklearn.metrics import balanced_accuracy_score
 from tqdm import tqdm
 
 import main
 from data import phantom
 from data.cache import Reading, cached_volume, load_volume
+from data.derivatives import parameters
 from data.pairs import Pair, find_pairs
 from data.problems import refuse
 from data.volumes import save_image
@@ -72,33 +75,38 @@ def alike(groups: np.ndarray, wanted: np.ndarray, generator: np.random.Generator
 
 
 def accuracies(train: tuple[np.ndarray, np.ndarray], tests: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[float]:
-    """Of a classifier trained on (features, groups), on each of the tests."""
+    """Balanced accuracy of a classifier trained on (features, groups), on each of the tests."""
     classifier = RidgeClassifierCV(alphas=PENALTIES).fit(*train)
-    return [float(classifier.score(*test)) for test in tests.values()]
+    return [float(balanced_accuracy_score(groups, classifier.predict(volumes))) for volumes, groups in tests.values()]
 
 
 def report(table: Path, settings) -> None:
     settings.validate()
     study = main.read_study(settings)
-    readings, cache = {name: main.find_study(settings)[2][name] for name in study.modalities}, Path(settings.cache_dir)
+    if parameters(table.parent).get("Training") != {"data": study.fingerprint, "split": study.split_fingerprint}:
+        sys.exit(f"{table}: was not drawn by a model that was trained on these training subjects; give the settings of "
+                 "its run (--fold, --data_root, ...)")
+    _, _, readings = main.find_study(settings)
     synthetic, problems = find_pairs(table, study.modalities)
     refuse(problems)
 
-    def known(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        return features(pairs, readings, cache), groups_of(pairs)
+    def known(pairs: list[Pair], cache: Path = Path(settings.cache_dir)) -> tuple[np.ndarray, np.ndarray]:
+        if not all(groups := groups_of(pairs)):
+            sys.exit("this needs pairs that all have a group")
+        return features(pairs, readings, cache), groups
 
     real, made = known([study.pairs[i] for i in study.roles["train"]]), known(synthetic)
     tests = {"test subjects": known([study.pairs[i] for i in study.roles["test"]])}
     if settings.data_root == small().data_root:
         with tempfile.TemporaryDirectory() as folder:
-            tests["new subjects"] = known(fresh_pairs(Path(folder)))
+            tests["new subjects"] = known(fresh_pairs(Path(folder)), Path(folder) / "cache")
     generator, chance = np.random.default_rng(0), 1 / len(set(real[1]))
     drawn = [alike(made[1], real[1], generator) for _ in range(DRAWS)]
     by_real = accuracies(real, tests)
     by_made = np.array([accuracies((made[0][places], made[1][places]), tests) for places in drawn])
     both = tuple(np.concatenate(parts) for parts in zip(real, made))
     counts = ", ".join(f"{len(test[1])} {name}" for name, test in tests.items())
-    print(f"accuracy on {counts}; chance {chance:.2f}")
+    print(f"balanced accuracy on {counts}; chance {chance:.2f}")
     rows = {f"{len(real[1])} real pairs": (by_real, None),
             f"{len(real[1])} synthetic pairs, {DRAWS} draws": (by_made.mean(axis=0), by_made.std(axis=0)),
             f"all {len(made[1])} synthetic pairs": (accuracies(made, tests), None),
@@ -112,4 +120,7 @@ def report(table: Path, settings) -> None:
 
 
 if __name__ == "__main__":
-    report(Path(sys.argv[1]), parse_arguments(opt, PRESETS, sys.argv[2:], __doc__.splitlines()[0]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("table", type=Path, help="pairs.csv of the tree that sample.py left")
+    own, rest = parser.parse_known_args()
+    report(own.table, parse_arguments(opt, PRESETS, rest, "the settings of the run"))

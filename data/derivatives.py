@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -44,10 +46,31 @@ def volume_path(folder: Path, pair: Pair, modality: str, description: str) -> Pa
     return folder.joinpath(*visit, datatype, f"{name}.nii.gz")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One volume to make: `target` of a visit from its `source`, or of a joint sample where there is none."""
+
+    pair: Pair
+    source: str
+    target: str
+    key: tuple[int, ...]  # of the noise
+    folder: Path
+
+    def path(self, description: str = "synth") -> Path:
+        return volume_path(self.folder, self.pair, self.target, description)
+
+    @property
+    def direction(self) -> str:
+        return f"{self.source}->{self.target}"
+
+
 def refuse_same_place(pairs: list[Pair], modality: str) -> None:
-    """Raise PairError where two visits, without what BIDS does not allow in labels, have the same name."""
+    """Raise PairError where visits, without what BIDS does not allow in labels, have the same name or none."""
     owner, problems = {}, []
     for pair in pairs:
+        if not label(pair.subject.removeprefix("sub-")):
+            problems.append(Problem(pair.name, "has no letter from a to z and no digit in it, which is all that BIDS "
+                                    "allows in names", "rename it", pair.name))
         first = owner.setdefault(volume_path(Path(), pair, modality, "synth"), pair)
         if first is not pair:
             problems.append(Problem(f"{first.name} and {pair.name}", "have the same name in BIDS, which only allows "
@@ -63,18 +86,35 @@ def begin_tree(folder: Path, how: dict) -> None:
     """
     path = folder / "dataset_description.json"
     wanted = {**DESCRIPTION, "GeneratedBy": [{**GENERATED_BY, "Parameters": how}]}
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())["GeneratedBy"][0]["Parameters"]
-            told = ", ".join(name for name in how if found.get(name) != how[name])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            told = "what made it cannot be read"
-        if told:
+    if any(folder.glob("sub-*")):
+        found = parameters(folder)
+        if told := ", ".join(name for name in how if found.get(name) != how[name]):
             raise FileError(f"{folder}: holds volumes that were made with another model or other settings ({told}). "
                             "They are left as they are: set opt.sample_dir to another folder, or move this one away")
     write_text(folder / "README", README)
     write_text(folder / ".bidsignore", NOT_BIDS)
     write_text(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def parameters(folder: Path) -> dict:
+    """What a tree says that its volumes were made with; nothing where it cannot be read."""
+    try:
+        return dict(json.loads((folder / "dataset_description.json").read_text())["GeneratedBy"][0]["Parameters"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def remove(path: Path) -> None:
+    """Remove a volume with its JSON, where they are."""
+    for each in (beside(path), path):
+        each.unlink(missing_ok=True)
+
+
+def all_told(folder: Path, description: str) -> Iterator[dict]:
+    """What the JSONs beside all volumes of this description say, in the order of their paths."""
+    for path in sorted(folder.glob(f"sub-*/**/*_desc-{description}_*.nii.gz")):
+        if facts := told(path):
+            yield facts
 
 
 def write_on_grid(path: Path, volume: np.ndarray, affine: np.ndarray, like: nib.Nifti1Header | None = None) -> None:

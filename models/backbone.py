@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Backbone:
 
     def sample(self, keys: list[tuple[int, ...]], sizes: dict[str, tuple[int, ...]], steps: int, sampler: str,
                eta: float, given: dict[str, Tensor] | None = None, progress=iter,
-               groups: list[str] | None = None, trace: list | None = None) -> Volumes:
+               groups: list[str] | None = None, trace: Callable | None = None) -> Volumes:
         """One sample of every modality per noise key; `given` modalities stay as they are. groups: their names."""
         noise = {name: each.to(self.device) for name, each in keyed_noise(sizes, *keys).items()}
         given = {name: each.to(self.device) for name, each in (given or {}).items()}

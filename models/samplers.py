@@ -76,7 +76,7 @@ def _signal_sigma(diffusion: Diffusion, t: int) -> tuple[float, float]:
 def sample(diffusion: Diffusion, network: Callable[..., Volumes], noise: Volumes, steps: int, *, sampler: str = "dpmpp",
            eta: float = 0.0, given: Volumes | None = None, coupling: str = "independent",
            keys: list[tuple[int, ...]] = (), clip: bool = True, progress=iter,
-           trace: list | None = None) -> Volumes:
+           trace: Callable | None = None) -> Volumes:
     """From noise {modality: (B, 1, X, Y, Z)} to volumes, in [-1, 1] where x0 is clipped.
 
     network: (xt, t, wanted modalities) -> {modality: prediction}.
@@ -84,7 +84,7 @@ def sample(diffusion: Diffusion, network: Callable[..., Volumes], noise: Volumes
     given: modalities that are known. With coupling "independent" the network sees them clean, at t = 0; with
     "shared" they are imposed by replacement: noised, with their own noise, to the current t at every step.
     keys: one per sample, for the fresh noise of eta > 0. progress: wraps the list of steps.
-    trace: gets (t, noisy volumes, estimates of the clean ones) of each step.
+    trace: called with (t, noisy volumes, estimates of the clean ones) in each step.
     """
     given, x, before = given or {}, dict(noise), {}
     times, wanted = spacing(diffusion.timesteps, steps, sampler), noise.keys() - given.keys()
@@ -108,5 +108,5 @@ def sample(diffusion: Diffusion, network: Callable[..., Volumes], noise: Volumes
                 x[name] = dpmpp_step(diffusion, x[name], x0, now, after, before.get(name), last)
             before[name] = x0
         if trace is not None:
-            trace.append((now, noisy, dict(before)))
+            trace(now, noisy, before)
     return {**x, **given}

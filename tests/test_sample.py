@@ -13,13 +13,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 import main
 import program
 import sample
 import synthesis
+import train
 from data.pairs import find_pairs
-from tests.conftest import BOTH, CHILD, ROOT, SIZES, arguments, read_csv, run_code, signalled
+from tests.conftest import BOTH, CHILD, ROOT, SIZES, arguments, read_csv, run_code, signalled, weights
 from utils.metrics import nearest, reliability
 
 NAMES = {"dmri": "{0}/dwi/{0}_desc-{1}_sbref", "fmri": "{0}/func/{0}_task-synth_desc-{1}_sbref"}
@@ -52,7 +54,9 @@ def grouped(study_csv, tmp_path_factory) -> Path:
     rows = [{**row, **{name: str(study_csv.parent / row[name]) for name in SIZES}, "group": "A-1" if n % 2 else "B"}
             for n, row in enumerate(read_csv(study_csv))]
     write_csv(folder / "pairs.csv", rows)
-    assert main.main(arguments(folder / "pairs.csv", folder, "--condition_on_group")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "FEWEST_OF_A_GROUP", 1)
+        assert main.main(arguments(folder / "pairs.csv", folder, "--condition_on_group")) == 0
     return folder
 
 
@@ -182,25 +186,26 @@ def test_stopped_in_the_middle_and_finished(trained, incomplete, tmp_path, capsy
 def test_new_pairs(trained, study_csv, tmp_path, capsys):
     arguments = words(trained / "checkpoints/best_model.pth", study_csv, tmp_path, "--joint_samples", "3")
     assert sample.main(arguments) == 0
-    assert len(made(tmp_path)) == 6 and nib.load(where(tmp_path, "sub-synth0002", "dmri")).shape == SIZES["dmri"]
-    assert not np.array_equal(*(nib.load(where(tmp_path, f"sub-synth000{n}", "dmri")).get_fdata() for n in (1, 2)))
+    assert len(made(tmp_path)) == 6 and nib.load(where(tmp_path, "sub-synth000002", "dmri")).shape == SIZES["dmri"]
+    assert not np.array_equal(*(nib.load(where(tmp_path, f"sub-synth00000{n}", "dmri")).get_fdata() for n in (1, 2)))
     rows = read_csv(tmp_path / "out/joint/memorisation.csv")
-    assert len(rows) == 6 and {row["flagged"] for row in rows} <= {"yes", "no"}
+    assert len(rows) == 6 and all(float(row["distance"]) > 0 for row in rows)
     pairs, problems = find_pairs(tmp_path / "out/joint/pairs.csv", BOTH)
-    assert [pair.name for pair in pairs] == [f"sub-synth000{n}" for n in (1, 2, 3)] and not problems
-    first = nib.load(where(tmp_path, "sub-synth0001", "fmri")).get_fdata()
+    assert [pair.name for pair in pairs] == [f"sub-synth00000{n}" for n in (1, 2, 3)] and not problems
+    first = nib.load(where(tmp_path, "sub-synth000001", "fmri")).get_fdata()
     shutil.rmtree(tmp_path / "out")
     assert sample.main([*arguments[:-1], "1"]) == 0  # the first of one is the first of three
-    np.testing.assert_allclose(nib.load(where(tmp_path, "sub-synth0001", "fmri")).get_fdata(), first, atol=0.1)
+    np.testing.assert_allclose(nib.load(where(tmp_path, "sub-synth000001", "fmri")).get_fdata(), first, atol=0.1)
 
 
 def test_new_pairs_of_each_group(grouped, tmp_path, capsys):
     arguments = words(grouped / "checkpoints/best_model.pth", grouped / "pairs.csv", tmp_path, "--joint_samples", "2")
     assert sample.main(arguments) == 0
     rows = {row["subject"]: row["group"] for row in read_csv(tmp_path / "out/joint/pairs.csv")}
-    assert rows == {"sub-synthA10001": "A-1", "sub-synthA10002": "A-1", "sub-synthB0001": "B", "sub-synthB0002": "B"}
+    assert rows == {"sub-synthA1000001": "A-1", "sub-synthA1000002": "A-1", "sub-synthB000001": "B",
+                    "sub-synthB000002": "B"}
     table = (tmp_path / "out/joint/participants.tsv").read_text().splitlines()
-    assert table[:2] == ["participant_id\tgroup", "sub-synthA10001\tA-1"] and len(made(tmp_path)) == 8
+    assert table[:2] == ["participant_id\tgroup", "sub-synthA1000001\tA-1"] and len(made(tmp_path)) == 8
 
 
 def test_the_group_changes_what_is_drawn_but_not_what_is_translated(grouped, capsys):
@@ -220,26 +225,39 @@ def test_the_group_changes_what_is_drawn_but_not_what_is_translated(grouped, cap
     np.testing.assert_array_equal(model.translate("fmri", "dmri", source, [0], 0, iter)["synth"], before)
 
 
-def test_groups_must_be_there(study_csv, tmp_path, capsys):
-    assert main.main(arguments(study_csv, tmp_path, "--condition_on_group")) == 2
-    assert "opt.condition_on_group" in capsys.readouterr().err
+def test_groups_must_be_there_and_not_be_single_subjects(study_csv, grouped, tmp_path, capsys):
+    for table, words in ((study_csv, "of 0 groups"), (grouped / "pairs.csv", "of A-1 (")):
+        assert main.main(arguments(table, tmp_path, "--condition_on_group")) == 2
+        message = capsys.readouterr().err
+        assert "opt.condition_on_group" in message and words in message
+
+
+def test_other_groups_are_another_run(grouped, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "FEWEST_OF_A_GROUP", 1)
+    rows = read_csv(grouped / "pairs.csv")
+    write_csv(tmp_path / "pairs.csv", [{**row, "group": {"B": "C"}.get(row["group"], row["group"])} for row in rows])
+    shutil.copytree(grouped / "checkpoints", tmp_path / "checkpoints")
+    assert main.main(arguments(tmp_path / "pairs.csv", tmp_path, "--condition_on_group")) == 2
+    assert "the groups: not the same" in capsys.readouterr().err
 
 
 def test_copies_of_training_volumes_are_flagged(trained, study_csv, tmp_path, monkeypatch, capsys):
     roles = {row["subject"]: row["role"] for row in read_csv(trained / "results/stage1/split.csv")}
     copied = next(name for name, role in roles.items() if role == "train")
 
-    def copies(model, numbers, watch):
+    def copies(model, numbers, watch):  # the first; the others are like nothing
         return {name: np.stack([model.read(name, study_csv.parent / f"{copied}_space-MNI_{name}.nii.gz")[0]
-                                for _ in numbers]) for name in BOTH}
+                                * (1 if number == 1 else -1) for number, _ in numbers]) for name in BOTH}
 
     monkeypatch.setattr(synthesis.Model, "draw", copies)
     assert sample.main(words(trained / "checkpoints/best_model.pth", study_csv, tmp_path, "--joint_samples", "2")) == 0
     rows = read_csv(tmp_path / "out/joint/memorisation.csv")
     assert len(rows) == 4
     for row in rows:
-        assert row["nearest"] == copied and row["flagged"] == "yes" and float(row["distance"]) < 0.05
-    assert "nearer than all of these: 2 of 2" in capsys.readouterr().out
+        copy = row["subject"] == "sub-synth000001"
+        assert row["flagged"] == ("yes" if copy else "no") and (float(row["distance"]) < 0.05) == copy
+        assert row["nearest"] == copied or not copy
+    assert capsys.readouterr().out.count("1 of 2 (sub-synth000001); by chance") == 2
 
 
 def test_copies_cannot_be_looked_for_without_the_training_volumes(trained, incomplete, tmp_path, capsys):
@@ -296,12 +314,45 @@ def test_on_several_ranks_as_on_one(trained, incomplete, tmp_path, capsys):
     assert [row["subject"] for row in read_csv(table[0])] == [row["subject"] for row in read_csv(table[1])]
 
 
+def test_without_a_prior_there_is_no_uncertainty(trained, incomplete, tmp_path, capsys):
+    """And a prior that does not see the source cannot tell it; without it translations are made all the same."""
+    state = weights(trained / "checkpoints/best_refine.pth")
+    for coarse in ("none", "joint"):
+        state["options"]["coarse"] = coarse
+        torch.save(state, tmp_path / "other.pth")
+        arguments = words(tmp_path / "other.pth", incomplete, tmp_path, "--sample_dir", str(tmp_path / f"out/{coarse}"))
+        assert sample.main([*arguments, "--uncertainty_samples", "2"]) == 2
+        assert f"opt.coarse = {coarse!r}" in capsys.readouterr().err
+        assert sample.main(arguments) == 0
+    assert len(made(tmp_path)) == 20
+
+
+def test_reports_are_of_all_that_is_there(trained, incomplete, study_csv, tmp_path, capsys):
+    model = trained / "checkpoints/best_model.pth"
+    assert sample.main(words(model, incomplete, tmp_path, "--uncertainty_samples", "2")) == 0
+    (tmp_path / "one.csv").write_text(f"subject,fmri\nnew,{study_csv.parent / 'sub-02_space-MNI_fmri.nii.gz'}\n")
+    assert sample.main(words(model, tmp_path / "one.csv", tmp_path)) == 0
+    known = {f"sub-0{n}" for n in range(3, 7)}
+    for name in ("metrics.csv", "uncertainty.csv"):
+        assert {row["subject"] for row in read_csv(tmp_path / "out/translated" / name)} == known
+    (tmp_path / "one.csv").write_text(f"subject,fmri\nsub-01,{study_csv.parent / 'sub-02_space-MNI_fmri.nii.gz'}\n")
+    assert where(tmp_path, "sub-01", "dmri", "std").exists()
+    assert sample.main(words(model, tmp_path / "one.csv", tmp_path)) == 0  # of another source than its deviation was
+    assert where(tmp_path, "sub-01", "dmri").exists() and not where(tmp_path, "sub-01", "dmri", "std").exists()
+
+
 def test_refusals(trained, study_csv, tmp_path, capsys):
+    empty = tmp_path / "empty.csv"
+    empty.write_text("subject,fmri\n")
     for model, more, told in ((tmp_path / "none.pth", [], "none.pth"), (trained / "stage1.txt", [], "stage1.txt"),
                               (trained / "checkpoints/best_model.pth", ["--data_root", "nowhere"], "nowhere"),
                               (trained / "checkpoints/best_model.pth", ["--joint_samples", "-1"], "joint_samples"),
-                              (trained / "checkpoints/best_model.pth", ["--uncertainty_samples", "1"], "uncertainty")):
+                              (trained / "checkpoints/best_model.pth", ["--uncertainty_samples", "1"], "uncertainty"),
+                              (trained / "checkpoints/best_model.pth", ["--data_root", str(empty)], "no visit has"),
+                              (trained / "checkpoints/best_model.pth", ["--timesteps", "2000", "--sampling_steps",
+                                                                        "1500"], "has 1000 timesteps")):
         assert sample.main(words(model, study_csv, tmp_path, *more)) == 2
         message = capsys.readouterr().err
         assert told in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()  # what is refused leaves nothing
     assert sample.main(words("", study_csv, tmp_path)) == 2 and "opt.resume_path" in capsys.readouterr().err

@@ -20,9 +20,10 @@ def test_run_json_tells_a_run_apart(trained):
     for stage, folder in (("stage 1", "stage1"), ("stage 2", "refine")):
         told = json.loads((trained / "results" / folder / "run.json").read_text())
         assert told["stage"] == stage and len(told["starts"]) == 1
-        assert told["settings"].keys() == small().as_dict().keys()
-        assert told["changed"]["base_channels"] == 8 and "timesteps" not in told["changed"]
-        assert told["versions"]["torch"] and told["machine"]["cores"] >= 1 and told["fingerprints"]["data"]
+        start = told["starts"][0]
+        assert start["settings"].keys() == small().as_dict().keys() and start["step"] == 0
+        assert start["changed"]["base_channels"] == 8 and "timesteps" not in start["changed"]
+        assert start["versions"]["torch"] and start["machine"]["cores"] >= 1 and told["fingerprints"]["data"]
         roles = {row["subject"]: row["role"] for row in read_csv(trained / "results" / folder / "split.csv")}
         assert all(roles[name] == role for role, names in told["split"].items() for name in names)
         assert (trained / "results" / folder / "run_id.txt").read_text().strip() == told["run_id"]
@@ -106,7 +107,8 @@ def test_curves_and_grids_are_continued_not_doubled(study_csv, tmp_path, capsys)
     assert len(found["validation/x0_error"]) == sum(row["kind"] == "validation" for row in rows)
     assert [step for step, _ in found["step"]] == [2, 4] and found["samples/psnr"]
     told = json.loads((tmp_path / "results/stage1/run.json").read_text())
-    assert len(told["starts"]) == 2
+    assert [start["step"] for start in told["starts"]] == [0, 2]
+    assert [start["settings"]["max_steps"] for start in told["starts"]] == [2, 4]
 
 
 def test_its_failure_stops_nothing_and_its_absence_is_told_once(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,22 +20,22 @@ class Board:
 
     def __init__(self, folder: Path, rows: list[dict], reviewed: int):
         self._writer = None
+        self._try(lambda: self._open(folder))
+        for row in rows:
+            self.add(row["kind"], int(row["step"]), {name: float(row[name]) for name in CURVES if row.get(name)})
+        for path in sorted(folder.parent.glob("step_*.png")):
+            if (found := re.fullmatch(r"step_([0-9]+)", path.stem)) and int(found[1]) <= reviewed:
+                self.picture(path, int(found[1]))
+
+    def _open(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             print("note: TensorBoard is not installed (pip install tensorboard): curves are in log.csv only")
             return
-        self._try(lambda: self._open(SummaryWriter, folder))
-        for row in rows:
-            self.add(row["kind"], int(row["step"]), {name: float(row[name]) for name in CURVES if row.get(name)})
-        for path in sorted(folder.parent.glob("step_*.png")):
-            if (step := int(path.stem.removeprefix("step_"))) <= reviewed:
-                self.picture(path, step)
-
-    def _open(self, writer: Callable, folder: Path) -> None:
         for path in folder.glob("events.out.tfevents.*"):
             path.unlink()
-        self._writer = writer(folder, flush_secs=30)
+        self._writer = SummaryWriter(folder, flush_secs=30)
 
     def add(self, kind: str, step: int, values: dict) -> None:
         """The curves among these values; kind: as in log.csv, the curves' group."""

@@ -175,7 +175,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().decode(errors="replace")
             raise FileError(f"{folder}: another run writes there ({owner}). Wait for its end, or choose another "
-                            "opt.checkpoint_dir and opt.result_dir")
+                            "folder (opt.checkpoint_dir and opt.result_dir; in sample.py opt.sample_dir)")
         if locked is None:
             print(f"note: {folder}: its file system has no locks, so that a second run in it would not be refused")
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}"

@@ -21,22 +21,21 @@ CODE = Path(__file__).resolve().parent.parent
 
 
 def write_record(path: Path, run: Checkpoint, settings: dict, defaults: dict, split: dict[str, list[str]]) -> None:
-    """Write settings (all, and those that differ from the defaults), versions, machine, commit, data and split.
+    """Write data, split, and of every start (the last one is this) time, settings, versions, machine and commit.
 
-    split: role -> names of its pairs. Continuing adds to `starts`. Raises FileError.
+    split: role -> names of its pairs. Raises FileError.
     """
-    told = {"run_id": run.run_id, "stage": run.stage,
-            "starts": [*_earlier(path, run.run_id), datetime.now().astimezone().isoformat(timespec="seconds")],
-            "settings": settings, "changed": {name: value for name, value in settings.items()
-                                              if value != defaults[name]},
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-            "machine": machine(), "code": code(), "fingerprints": run.facts["fingerprints"],
-            "split": split}
+    start = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "step": run.step, "code": code(),
+             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+             "machine": machine(), "settings": settings,
+             "changed": {name: value for name, value in settings.items() if value != defaults[name]}}
+    told = {"run_id": run.run_id, "stage": run.stage, "fingerprints": run.facts["fingerprints"], "split": split,
+            "starts": [*_earlier(path, run.run_id), start]}
     write_text(path, json.dumps(told, indent=2, default=str) + "\n")
 
 
-def _earlier(path: Path, run_id: str) -> list[str]:
-    """When this run was started before."""
+def _earlier(path: Path, run_id: str) -> list[dict]:
+    """The starts of this run that are told already."""
     try:
         told = json.loads(path.read_text())
         return list(told["starts"]) if told["run_id"] == run_id else []
