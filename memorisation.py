@@ -59,9 +59,9 @@ def check_memorisation(opt, model: Model, samples: list[tuple[str, str, Path]], 
         flagged = [row["subject"] for row in found if row["flagged"] == "yes"]
         named = f" ({', '.join(flagged[:5])}{' ...' if len(flagged) > 5 else ''})" if flagged else ""
         usual = np.median([row["distance"] for row in found])
-        lines.append(f"{name}: nearest training volume at {usual:.3f} (median), of {len(held_out)} held-out subjects at "
-                     f"{found[0]['held_out_median']:.3f}; nearer than all of these ({smallest:.3f}): {len(flagged)} of "
-                     f"{len(found)}{named}; by chance {len(found) / (len(held_out) + 1):.1f} would be")
+        lines.append(f"{name}: nearest training volume at {usual:.3f} (median), of {len(held_out)} held-out subjects "
+                     f"at {found[0]['held_out_median']:.3f}; nearer than all of these ({smallest:.3f}): {len(flagged)} "
+                     f"of {len(found)}{named}; by chance {len(found) / (len(held_out) + 1):.1f} would be")
         rows += found
     write_table(table, COLUMNS, rows, ".5f")
     return lines

@@ -158,8 +158,7 @@ def save_chart(path: Path, title: str, axes: tuple[str, str], curves: dict[str, 
     for place, (name, (x, y)) in enumerate(curves.items()):
         colour = COLOURS[place % len(COLOURS)]
         draw.line([at(*point) for point in zip(x, y)], fill=colour, width=2)
-        for point in zip(x, y):
-            place = at(*point)
-            draw.ellipse((place[0] - 4, place[1] - 4, place[0] + 4, place[1] + 4), fill=colour)
+        for across, up in map(at, x, y):
+            draw.ellipse((across - 4, up - 4, across + 4, up + 4), fill=colour)
         draw.text((left + FONT, bottom - CHART + FONT * (1 + 1.4 * place)), name, fill=colour, font=font)
     replace_file(path, lambda file: canvas.save(file, format="PNG"), 3 * canvas.width * canvas.height)
