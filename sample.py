@@ -27,6 +27,7 @@ from data.derivatives import (
     refuse_same_place,
     remove,
     tell,
+    told,
     whole,
     write_on_grid,
 )
@@ -126,7 +127,8 @@ def write_translation(opt, model: Model, job: Job, made: dict[str, np.ndarray], 
             more["std"] = {"Reliability": reliability(expected, made["mean"] - truth, brain)}
     for name in ("mean", "std", "synth"):  # the volume itself last
         if name not in made:
-            remove(job.path(name))  # of what the source was before
+            if told(job.path(name)).get("MadeWith", {}).get("Source") != how["synth"]["Source"]:
+                remove(job.path(name))  # of what the source was before
         else:
             volume = made[name] * (high - low) / 2 if name == "std" else to_units(made[name], low, high)
             if reference:
