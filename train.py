@@ -41,7 +41,7 @@ from utils.record import write_record
 save_every = 100  # steps between two sample grids in results/
 
 STAGE = "stage 1"
-GROUP_WITHHELD = 0.2  # fraction of the draws in which neither modality is given and the network is not told the group
+GROUP_WITHHELD = 0.1  # fraction of the draws in which neither modality is given and the network is not told the group
 FEWEST_OF_A_GROUP = 5  # training pairs whose mean volume the network is told
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is taken
 LOG_COLUMNS = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error", "psnr", "ssim")

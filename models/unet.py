@@ -82,7 +82,9 @@ class DirectionNet(nn.Module):
 
     The buffer `mean`, the target's mean training volume, goes into the body and the target's stem beside their inputs:
     scans of a study show the same body part in about the same place, which convolutions alone cannot know. With
-    diagnostic groups it is the mean of the group that is told, and the group is also embedded beside the timesteps.
+    diagnostic groups it is the mean of the group that is told, the group is also embedded beside the timesteps, and what
+    its mean has over that of all is added to the output with a learned gain per timestep: the difference is too small
+    against what differs between subjects to be learnt through the convolutions in a short training.
     fusion "early" also gives the body the target and the stem the source, each resampled to the other's grid; after
     `to_patches` a resampling could no longer place what is inside a patch.
     timesteps: how many the network is told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps,
@@ -113,7 +115,8 @@ class DirectionNet(nn.Module):
                            (self.head, target_size)):
             lay_out(part, tuple(-(-n // patch) for n in grid))
         self.group = nn.Embedding(1 + groups, emb_channels) if groups else None  # row 0: not told
-        for layer in (self.head, self.gain, self.group):
+        self.group_gain = nn.Linear(emb_channels, 1) if groups else None
+        for layer in (self.head, self.gain, self.group, self.group_gain):
             for weight in layer.parameters() if layer is not None else ():
                 nn.init.zeros_(weight)
 
@@ -139,6 +142,8 @@ class DirectionNet(nn.Module):
         h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
         if self.gain is not None:
             h = h + self.gain(F.silu(emb)).float()[:, :, None, None, None] * target
+        if self.group_gain is not None:
+            h = h + self.group_gain(F.silu(emb)).float()[:, :, None, None, None] * (mean - self.mean[:1])
         return h
 
 

@@ -21,7 +21,7 @@ COUNTERS = ("taken", "bad_in_a_row", "scale", "since_overflow")  # of an optimis
 FORM = 2  # of state_dict; what is kept of a weight is in the order of the weight in memory
 FIRST_SCALE, STEPS_BEFORE_HIGHER = 2.0**16, 2000  # of the loss in float16 (Micikevicius et al. 2018)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of a queue, of Ctrl-C, of a terminal that closes
-NOT_HIDDEN = {"stem", "target_stem", "head", "gain", "group"}  # layers at the networks' ends
+NOT_HIDDEN = {"stem", "target_stem", "head", "gain", "group", "group_gain"}  # layers at the networks' ends
 MUON_RATE = 20.0  # times Adam's rate: Muon's update has length 1 for each row of a matrix, Adam's about 1 per weight
 
 
