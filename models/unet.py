@@ -82,9 +82,9 @@ class DirectionNet(nn.Module):
 
     The buffer `mean`, the target's mean training volume, goes into the body and the target's stem beside their inputs:
     scans of a study show the same body part in about the same place, which convolutions alone cannot know. With
-    diagnostic groups it is the mean of the group that is told, the group is also embedded beside the timesteps, and what
-    its mean has over that of all is added to the output with a learned gain per timestep: the difference is too small
-    against what differs between subjects to be learnt through the convolutions in a short training.
+    diagnostic groups it is the mean of the group that is told, the group is also embedded beside the timesteps, and
+    what its mean has over that of all is added to the output with a learned gain per timestep: the difference is too
+    small against what differs between subjects to be learnt through the convolutions in a short training.
     fusion "early" also gives the body the target and the stem the source, each resampled to the other's grid; after
     `to_patches` a resampling could no longer place what is inside a patch.
     timesteps: how many the network is told: 2 in stage 1 (the source's and the target's), 0 in stage 2. With timesteps,
