@@ -57,8 +57,8 @@ class Options:
     # which intensities become -1 and 1: "percentile" (0.1 and 99.9, robust against outliers) or "minmax" of a volume,
     # "brain_percentile" or "brain_minmax" of its brain (largest part above Otsu's threshold); or one per modality
     intensity: str | dict = "percentile"
-    # at random, per pair and step, both modalities alike: "flip" (left-right), "affine" (5 degrees, 5 %, 3 mm),
-    # "intensity" (bent scale of grey). For example ("flip", "affine", "intensity"); () for none
+    # at random, per pair and step: "flip" (left-right) and "affine" (5 degrees, 5 %, 3 mm), both modalities alike,
+    # and "intensity" (bent scale of grey), each its own. For example ("flip", "affine", "intensity"); () for none
     augment: tuple[str, ...] = ()
     # where the volumes live: "mni", "native", or "auto" (MNI for the demo and for files named space-MNI...).
     # The brain networks of the pattern-aware loss are only known in MNI space
