@@ -140,7 +140,7 @@ class Options:
     # the mean training volume, which tells what the prior is worth
     coarse: Literal["given", "joint", "none"] = "given"
     # samples of each target: training sees means of random parts of them, and what is refined in the end is their mean
-    coarse_samples: int = 2
+    coarse_samples: int = 8
     coarse_dropout: float = 0.1  # probability that training replaces the coarse volume by the mean volume
     residual: bool = True  # the network adds to the best linear blend of coarse volume and source, not to nothing
     warm_start: bool = True  # start from the backbone's trunk instead of random weights
