@@ -66,9 +66,12 @@ def check(opt, watch: Callable = iter) -> bool:
                                                              total=2 * len(pairs))))
     if pairs:
         try:
-            split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
+            roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
+            train.groups_to_learn(opt, pairs, roles)
         except DataError as error:
             problems += error.problems
+        except OptionError as error:
+            problems.append(Problem("opt.condition_on_group", str(error), "or set it to False", "all"))
     fatal = sum(problem.fatal for problem in problems)
     if problems:
         print(f"{table(problems, Path(opt.data_root))}\n")

@@ -46,7 +46,8 @@ def check_memorisation(opt, model: Model, samples: list[tuple[str, str, Path]], 
         study = training_study(opt, model)
     except DataError as error:
         table.unlink(missing_ok=True)  # of other samples
-        return [f"note: not checked for copies of training volumes: {error}"]
+        return [f"note: not checked for copies of training volumes: opt.data_root = {opt.data_root!r} is not the study "
+                f"that the model was trained on, or cannot be read as it was then ({error})"]
     train = study.roles["train"]
     held_out = sorted(set(study.roles["validation"] + study.roles["test"]) - set(train))
     if not held_out:

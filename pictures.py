@@ -67,7 +67,8 @@ def write_samples(backbone: Backbone, opt, study: Study, folder: Path, step: int
                              pair.files[name])
     draw_states(states.kept, study, shown[0], folder / f"denoising_{step:06d}.png", step)
     path = folder / f"step_{step:06d}.png"
-    save_grid(path, f"Stage 1, step {step}, validation subjects. Yellow: the networks",
+    yellow = ". Yellow: the networks" if any(study.has_pattern[i] for i in shown) else ""
+    save_grid(path, f"Stage 1, step {step}, validation subjects{yellow}",
               ["real", "sampled, given the other modality", "sampled minus real", "sampled jointly, from noise"], rows)
     return path, {key: float(np.mean([each[key] for each in scores])) for key in ("psnr", "ssim")}
 

@@ -164,6 +164,7 @@ def write_samples(network: RefineNet, work: Refinement, folder: Path, step: int)
                          to_units(refined[0, 0].numpy(), *study.train_range(target)), study.affines[target][i],
                          pair.files[target])
     path = folder / f"step_{step:06d}.png"
-    save_grid(path, f"Stage 2, step {step}, validation subjects. Yellow: the networks",
+    yellow = ". Yellow: the networks" if any(study.has_pattern) else ""
+    save_grid(path, f"Stage 2, step {step}, validation subjects{yellow}",
               ["source", "coarse", "refined", "truth", "refined minus truth"], rows)
     return path, {key: float(np.mean([each[key] for each in scores])) for key in ("psnr", "ssim")}

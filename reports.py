@@ -25,7 +25,7 @@ def report_translations(folder: Path) -> list[str]:
     """metrics.csv, uncertainty.csv and calibration.png of all in the tree whose truth was known; lines to print."""
     kinds = {"synth": "synthesised", "mean": "averaged"}
     scored = [(facts["Subject"], facts["Direction"], kind, facts["Scores"])
-              for kind in kinds for facts in all_told(folder, kind) if facts.get("Scores")]
+              for kind in kinds for _, facts in all_told(folder, kind) if facts.get("Scores")]
     if not scored:
         return []
     write_metrics(folder / "metrics.csv", [
@@ -37,7 +37,7 @@ def report_translations(folder: Path) -> list[str]:
         psnr, ssim = (np.array([each[name] for each in mine]) for name in ("psnr", "ssim"))
         lines.append(f"{direction}, {kinds[kind]}: {psnr.mean():.2f} +- {psnr.std():.2f} dB, SSIM {ssim.mean():.3f} +- "
                      f"{ssim.std():.3f} ({len(mine)} with a truth)")
-    known = [(facts["Subject"], facts["Direction"], facts["Reliability"]) for facts in all_told(folder, "std")
+    known = [(facts["Subject"], facts["Direction"], facts["Reliability"]) for _, facts in all_told(folder, "std")
              if facts.get("Reliability")]
     return lines + (report_uncertainty(known, folder) if known else [])
 
@@ -61,21 +61,24 @@ def report_uncertainty(known: list[tuple[str, str, dict]], folder: Path) -> list
                      f"[-1, 1]); their rank correlation {np.mean(mine):.2f} ({min(mine):.2f} .. {max(mine):.2f})")
     if curves:
         save_chart(folder / "calibration.png", "Is the deviation as large as the error? Brain voxels, of [-1, 1]",
-                   ("expected: the samples' standard deviation, x sqrt(1 + 1 / K)",
+                   ("expected: the K samples' standard deviation x sqrt(1 + 1 / K)",
                     "found: root mean square error of desc-mean"), curves)
     return lines
 
 
-def report_pairs(opt, model: Model, jobs: list[Job], folder: Path, watch: Callable) -> list[str]:
-    """pairs.csv, from which PDS can train, participants.tsv, and memorisation.csv; returns lines to print."""
-    pairs = list(dict.fromkeys((job.pair.subject, job.pair.group) for job in jobs))
-    files = {(job.pair.subject, job.target): job.path().relative_to(folder).as_posix() for job in jobs}
+def report_pairs(opt, model: Model, folder: Path, watch: Callable) -> list[str]:
+    """pairs.csv, from which PDS can train, participants.tsv, and memorisation.csv, of all pairs that are in the tree;
+    returns lines to print."""
+    there = list(all_told(folder, "synth"))
+    pairs = list(dict.fromkeys((facts["Subject"], facts["MadeWith"]["Group"]) for _, facts in there))
+    files = {(facts["Subject"], facts["Modality"]): path.relative_to(folder).as_posix() for path, facts in there}
     write_table(folder / "pairs.csv", ("subject", "group", *model.names), [
-        {"subject": subject, "group": group, **{name: files[subject, name] for name in model.names}}
+        {"subject": subject, "group": group, **{name: files.get((subject, name), "") for name in model.names}}
         for subject, group in pairs])
     write_text(folder / "participants.tsv", "participant_id\tgroup\n"
                + "".join(f"{subject}\t{group or 'n/a'}\n" for subject, group in pairs))
-    return check_memorisation(opt, model, [(job.pair.name, job.target, job.path()) for job in jobs], folder, watch)
+    samples = [(facts["Subject"], facts["Modality"], path) for path, facts in there]
+    return check_memorisation(opt, model, samples, folder, watch)
 
 
 def picture(jobs: list[Job], model: Model, path: Path) -> None:
@@ -96,7 +99,7 @@ def picture(jobs: list[Job], model: Model, path: Path) -> None:
             made.caption = quality(scores)
         if truth and truth.volume.shape == made.volume.shape:
             panels["difference"] = Panel(made.volume - truth.volume, truth.spacing, "", "difference")
-        if "UncertaintySamples" in told(job.path("std")).get("MadeWith", {}):
+        if told(job.path("std")):
             deviation = read_volume(job.path("std"), "first").voxels / (high - low) * 2
             panels["deviation"] = Panel(deviation, made.spacing, "", "deviation")
         about = job.direction.replace("->", " -> ") if job.source else f"{job.target}\n{job.pair.group}"

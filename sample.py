@@ -46,6 +46,8 @@ from utils.files import make_writable, remove_strays, sole_writer
 from utils.metrics import reliability, score
 from utils.optimise import Interrupted, StopRequest, leave
 
+LONGEST = 30  # letters of a group's label in the names of new pairs
+
 
 def translations(opt, model: Model, folder: Path) -> list[Job]:
     """What to make of each visit in opt.data_root: the modality it lacks, or, to be scored, both. Raises PairError."""
@@ -58,14 +60,15 @@ def translations(opt, model: Model, folder: Path) -> list[Job]:
                                 f"no visit has a file of {' or '.join(model.names)}",
                                 "give a CSV with one of these columns, or a BIDS tree (opt.bids_suffix)"))
     refuse_same_place(visits, model.names[0])
-    for note in notes:
+    for note in [*notes, *(f"{pair.name}: left out, it has neither {' nor '.join(model.names)}"
+                           for pair in visits if not pair.files)]:
         print(f"note: {note}")
     return jobs
 
 
 def new_pairs(opt, model: Model, folder: Path) -> list[Job]:
     """What to draw: so many pairs of each group, in both modalities."""
-    names = list(map(label, model.groups))
+    names = [label(group)[:LONGEST] for group in model.groups]
     names = names if len(set(names)) == len(names) and all(names) else [f"group{n + 1}" for n in range(len(names))]
     return [Job(Pair(f"sub-synth{names[group - 1] if group else ''}{number:06d}", "",
                      model.groups[group - 1] if group else "", None, {}), "", name, (number, group), folder)
@@ -103,7 +106,7 @@ def made_with(opt, model: Model, job: Job) -> dict[str, dict]:
     """What the JSON beside each kind of volume tells of how it was made, and what it was compared with."""
     how = {**model.how, "Space": opt.output_space, "Source": model.content(job.source, job.pair.files[job.source]),
            "Truth": model.content(job.target, job.pair.files.get(job.target))}
-    return {"synth": how, **{name: {**how, "UncertaintySamples": opt.uncertainty_samples} for name in ("mean", "std")}}
+    return {"synth": how, **{name: {**how, "Samples": opt.uncertainty_samples} for name in ("mean", "std")}}
 
 
 def write_translation(opt, model: Model, job: Job, made: dict[str, np.ndarray], source: dict, how: dict) -> None:
@@ -126,10 +129,12 @@ def write_translation(opt, model: Model, job: Job, made: dict[str, np.ndarray], 
             expected = made["std"] * math.sqrt(1 + 1 / opt.uncertainty_samples)  # the mean of K samples varies, too
             more["std"] = {"Reliability": reliability(expected, made["mean"] - truth, brain)}
     for name in ("mean", "std", "synth"):  # the volume itself last
-        if name not in made:
-            if told(job.path(name)).get("MadeWith", {}).get("Source") != how["synth"]["Source"]:
-                remove(job.path(name))  # of what the source was before
-        else:
+        before = told(job.path(name)).get("MadeWith", how[name])
+        if before != how[name] and (name in made or before["Source"] != how[name]["Source"]):
+            differ = ", ".join(key for key in how[name] if before.get(key) != how[name][key])
+            tqdm.write(f"note: {job.path(name).name} was made otherwise ({differ}) and is replaced")
+            remove(job.path(name))
+        if name in made:
             volume = made[name] * (high - low) / 2 if name == "std" else to_units(made[name], low, high)
             if reference:
                 write_volume(job.path(name), volume, grid, reference)
@@ -154,7 +159,7 @@ def draw(opt, model: Model, jobs: list[Job], stop: StopRequest) -> None:
                     for job in batch[place]:
                         write_on_grid(job.path(), to_units(made[job.target][place], *model.ranges[job.target]),
                                       model.affines[job.target])
-                        tell(job.path(), how[place], [])
+                        tell(job.path(), how[place], [], Subject=job.pair.name, Modality=job.target)
             bar.update(len(batch))
 
 
@@ -184,9 +189,10 @@ def run(settings, stop: StopRequest) -> int:
         if stop.agreed():
             raise Interrupted
         if writes():
-            lines = report_pairs(settings, model, jobs, folder, stop.watch) if joint else report_translations(folder)
+            lines = report_pairs(settings, model, folder, stop.watch) if joint else report_translations(folder)
             picture(jobs, model, folder / "synthesis.png")
-            print("\n".join([*lines, f"{len(jobs)} volumes are in {folder}; pictures: {folder / 'synthesis.png'}"]))
+            print("\n".join([*lines, f"The {len(jobs)} synthesised volumes are in {folder}; pictures: "
+                                     f"{folder / 'synthesis.png'}"]))
     return FINISHED
 
 

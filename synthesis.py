@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
+from tqdm import tqdm
 
 import train
 import train_refine
 from data.cache import Reading, cached_volume, load_volume
+from data.problems import VolumeError
 from models.backbone import Backbone
 from models.diffusion import Purpose
 from models.refine import RefineNet
@@ -88,7 +90,16 @@ class Model:
 
     def _cached(self, name: str, file: Path) -> tuple[Path, dict]:
         if (name, file) not in self._seen:
-            self._seen[name, file] = cached_volume(file, self.readings[name], self.cache)
+            try:
+                self._seen[name, file] = cached_volume(file, self.readings[name], self.cache)
+            except VolumeError as error:
+                problem, size = error.problems[0], "x".join(map(str, self.readings[name].size))
+                remedy = (f"resample the file to {size}, the size that the model was trained on"
+                          if "opt.image_size" in problem.remedy else problem.remedy)
+                raise VolumeError(problem.where, problem.what, f"{remedy}; or leave the subject out with opt.exclude"
+                                  ) from error
+            if count := self._seen[name, file][1]["repaired"]:
+                tqdm.write(f"note: {file}: {count} voxels were NaN or infinite, and are taken for the smallest value")
         return self._seen[name, file]
 
     def _drawn(self, keys: list[tuple[int, ...]], target: str, given: dict[str, Tensor], watch: Callable) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data.augment import PairTransform
+from data.pairs import Pair
 from data.split import write_split
 from data.study import Study, steps_per_epoch, training_batch
 from models.backbone import Backbone
@@ -65,11 +66,11 @@ def model_facts(opt, study: Study) -> dict:
             "affines": {name: study.affines[name][study.roles["train"][0]].tolist() for name in study.modalities}}
 
 
-def groups_to_learn(opt, study: Study) -> tuple[str, ...]:
+def groups_to_learn(opt, pairs: list[Pair], roles: dict[str, list[int]]) -> tuple[str, ...]:
     """The groups that the network is told apart, none without opt.condition_on_group. Raises OptionError."""
     if not opt.condition_on_group:
         return ()
-    counts = Counter(study.pairs[i].group for i in study.roles["train"])
+    counts = Counter(pairs[i].group for i in roles["train"])
     groups = tuple(sorted(set(counts) - {""}))
     if len(groups) < 2:
         raise OptionError(f"opt.condition_on_group = True: the training pairs are of {len(groups)} groups; fill the "
@@ -239,7 +240,7 @@ def review(run: Checkpoint, smooth: Backbone, opt, study: Study, log: Log, total
 def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
     """Train until the end or until asked to stop; returns whether the run is finished."""
     torch.manual_seed(opt.seed)
-    groups = groups_to_learn(opt, study)
+    groups = groups_to_learn(opt, study.pairs, study.roles)
     network = DualModalUNet(study.sizes, len(groups), **opt.network_arguments()).to(device)
     network.set_means(study.mean_volumes(groups))
     network.recompute(opt.gradient_checkpointing)
@@ -290,5 +291,5 @@ def train(opt, study: Study, device: torch.device, stop: StopRequest) -> bool:
         run.stand_in(value)
     print(f"Stage 1 is finished: {run.step} of {total} steps, best x0 error {run.best_value:.4f}. To train longer, "
           f"raise opt.epochs.\nPictures: {folder}. Model: {run.best}\n"
-          f"Next: python main.py --refine --resume_path {run.best}")
+          f"Next: the same command with --refine --resume_path {run.best}")
     return True

@@ -87,7 +87,7 @@ def begin_tree(folder: Path, how: dict) -> None:
     path = folder / "dataset_description.json"
     wanted = {**DESCRIPTION, "GeneratedBy": [{**GENERATED_BY, "Parameters": how}]}
     if any(folder.glob("sub-*")):
-        found = parameters(folder)
+        found = parameters(folder) or next((facts["MadeWith"] for _, facts in all_told(folder, "synth")), how)
         if told := ", ".join(name for name in how if found.get(name) != how[name]):
             raise FileError(f"{folder}: holds volumes that were made with another model or other settings ({told}). "
                             "They are left as they are: set opt.sample_dir to another folder, or move this one away")
@@ -110,11 +110,11 @@ def remove(path: Path) -> None:
         each.unlink(missing_ok=True)
 
 
-def all_told(folder: Path, description: str) -> Iterator[dict]:
-    """What the JSONs beside all volumes of this description say, in the order of their paths."""
+def all_told(folder: Path, description: str) -> Iterator[tuple[Path, dict]]:
+    """All volumes of this description that have a JSON as it was written, and what that says, sorted by path."""
     for path in sorted(folder.glob(f"sub-*/**/*_desc-{description}_*.nii.gz")):
         if facts := told(path):
-            yield facts
+            yield path, facts
 
 
 def write_on_grid(path: Path, volume: np.ndarray, affine: np.ndarray, like: nib.Nifti1Header | None = None) -> None:
@@ -136,16 +136,20 @@ def tell(path: Path, made_with: dict, sources: list[str], **more: object) -> Non
     facts = {"Description": "Synthesised by PDS; no measurement", "Sources": sources, "SkullStripped": False,
              **({"TaskName": "synth"} if "_task-synth_" in path.name else {}), "MadeWith": made_with,
              "SHA256": hashlib.sha256(path.read_bytes()).hexdigest(), **more}
-    write_text(beside(path), json.dumps(facts, indent=2) + "\n")
+    write_text(beside(path), json.dumps({**facts, "Checksum": _checksum(facts)}, indent=2) + "\n")
+
+
+def _checksum(facts: dict) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def told(path: Path) -> dict:
-    """What the JSON beside a volume says; nothing where there is none that can be read."""
+    """What the JSON beside a volume says; nothing where there is none, or not as it was written."""
     try:
         facts = json.loads(beside(path).read_text())
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return facts if isinstance(facts, dict) and facts.pop("Checksum", None) == _checksum(facts) else {}
 
 
 def whole(path: Path, made_with: dict) -> bool:

@@ -166,6 +166,25 @@ def test_what_is_there_is_kept_and_what_is_damaged_made_again(trained, incomplet
     assert len(made(tmp_path)) == 30 and damaged.read_bytes() == contents[damaged][0]
 
 
+def test_what_a_json_or_the_description_says_is_verified(trained, incomplete, tmp_path, capsys):
+    arguments = words(trained / "checkpoints/best_model.pth", incomplete, tmp_path)
+    assert sample.main(arguments) == 0
+    table = (tmp_path / "out/translated/metrics.csv").read_text()
+    path = where(tmp_path, "sub-03", "dmri", ending=".json")
+    whole = json.loads(path.read_text())
+    for change in ({"Direction": {}}, {"Scores": {"volume": 3}}, {"Scores": "x"}, {"MadeWith": 3},
+                   {"Scores": {"volume": {"psnr": 99.0, "ssim": 1.0, "mae": 1.0}}}):
+        path.write_text(json.dumps({**whole, **change}))
+        assert sample.main(arguments) == 0
+        assert json.loads(path.read_text()) == whole and (tmp_path / "out/translated/metrics.csv").read_text() == table
+    for content in ("x", "[]", '{"GeneratedBy": 5}'):  # made again from what the volumes' JSONs say
+        (tmp_path / "out/translated/dataset_description.json").write_text(content)
+        assert sample.main(arguments) == 0
+    (tmp_path / "out/translated/dataset_description.json").unlink()
+    assert sample.main([*arguments, "--seed", "7"]) == 2
+    assert "(Seed)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_in_the_middle_and_finished(trained, incomplete, tmp_path, capsys, number):
     model = trained / "checkpoints/best_model.pth"
@@ -195,6 +214,8 @@ def test_new_pairs(trained, study_csv, tmp_path, capsys):
     first = nib.load(where(tmp_path, "sub-synth000001", "fmri")).get_fdata()
     shutil.rmtree(tmp_path / "out")
     assert sample.main([*arguments[:-1], "1"]) == 0  # the first of one is the first of three
+    assert sample.main([*arguments[:-1], "2"]) == 0 and sample.main([*arguments[:-1], "1"]) == 0
+    assert len(read_csv(tmp_path / "out/joint/pairs.csv")) == 2  # of all that is there
     np.testing.assert_allclose(nib.load(where(tmp_path, "sub-synth000001", "fmri")).get_fdata(), first, atol=0.1)
 
 
@@ -337,7 +358,9 @@ def test_reports_are_of_all_that_is_there(trained, incomplete, study_csv, tmp_pa
         assert {row["subject"] for row in read_csv(tmp_path / "out/translated" / name)} == known
     (tmp_path / "one.csv").write_text(f"subject,fmri\nsub-01,{study_csv.parent / 'sub-02_space-MNI_fmri.nii.gz'}\n")
     assert where(tmp_path, "sub-01", "dmri", "std").exists()
+    capsys.readouterr()
     assert sample.main(words(model, tmp_path / "one.csv", tmp_path)) == 0  # of another source than its deviation was
+    assert "was made otherwise (Source" in capsys.readouterr().out
     assert where(tmp_path, "sub-01", "dmri").exists() and not where(tmp_path, "sub-01", "dmri", "std").exists()
 
 

@@ -83,7 +83,8 @@ def _draw(panel: Panel, width: int) -> torch.Tensor:
         top = (HEIGHT - size[1]) // 2
         cell.paste(Image.fromarray(drawn), (left, top))
         for side, place, anchor in zip(sides, (left + 1, left + size[0] - 1), ("la", "ra")):
-            draw.text((place, top), side, fill=(150, 150, 150), font=font, anchor=anchor)
+            draw.text((place, top), side, fill=(200, 200, 200), font=font, anchor=anchor, stroke_width=1,
+                      stroke_fill="black")
         left += size[0] + GAP
     draw.text((2, HEIGHT), panel.caption, fill=(200, 200, 200), font=ImageFont.load_default(FONT - 2))
     return torch.from_numpy(np.asarray(cell).copy()).permute(2, 0, 1)
