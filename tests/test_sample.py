@@ -251,6 +251,8 @@ def test_groups_must_be_there_and_not_be_single_subjects(study_csv, grouped, tmp
         assert main.main(arguments(table, tmp_path, "--condition_on_group")) == 2
         message = capsys.readouterr().err
         assert "opt.condition_on_group" in message and words in message
+        assert main.main(arguments(table, tmp_path, "--condition_on_group", "--check")) == 2
+        assert words in capsys.readouterr().out
 
 
 def test_other_groups_are_another_run(grouped, tmp_path, monkeypatch, capsys):
