@@ -29,7 +29,7 @@ from utils.checkpoint import FILES, CheckpointError, read_checkpoint
 
 WORDS = ["--base_channels", "8", "--unet_depth", "2", "--epochs", "6", "--refine_epochs", "6", "--batch_size", "2",
          "--sampling_steps", "4", "--coarse_samples", "1", "--checkpoint_every", "5", "--validate_every", "2",
-         "--num_samples", "1", "--warmup_steps", "2", "--folds", "3"]
+         "--num_samples", "1", "--warmup_steps", "2", "--folds", "3", "--no-tensorboard"]
 SUBJECTS = 10
 # Where a file grows beyond the limit, the system ends the process at that byte
 LIMITED = ("import resource, runpy, signal, sys; limit = int(sys.argv.pop(1)); "
