@@ -160,11 +160,13 @@ def direction_loss(backbone: Backbone, opt, study: Study, batch: list[int], step
     x0, masks = load_batch(study, [batch[place] for place in places], augmentation(opt, study, step, places), device)
     noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
     noise = {each: to_device(volumes, device) for each, volumes in noise.items()}
-    groups = [told_group(opt, study, batch[place], step, place) if all(each[place] for each in times.values()) else ""
-              for place in places]  # a translation is not told
+    group = None
+    if backbone.groups:  # a translation is not told
+        group = backbone.numbered([told_group(opt, study, batch[place], step, place)
+                                   if all(each[place] for each in times.values()) else "" for place in places])
     t = {each: to_device(drawn[places], device) for each, drawn in times.items()}
     xt = {each: diffusion.noisy(x0[each], noise[each], t[each]) for each in x0}
-    predicted = backbone(xt, t, {name}, backbone.numbered(groups))[name]
+    predicted = backbone(xt, t, {name}, group)[name]
     target = diffusion.target(x0[name], noise[name], t[name])
     return weight * pattern_aware_loss(predicted, target, masks[name], opt.pattern_weight, opt.loss).sum()
 
