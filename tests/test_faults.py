@@ -131,7 +131,7 @@ def test_R3_killed_while_best_and_last_are_replaced(study_csv, trained, tmp_path
     """Before best_model.pth, the picture after it, and the second last_model.pth."""
     cache = ["--cache_dir", str(trained / "cache")]  # full: nothing is written there
     words = {count: arguments(study_csv, tmp_path / str(count), "--max_steps", "2", *cache)
-             for count in (6, 11, 12)}
+             for count in (7, 13, 14)}
     children = [start(*words[count], code=signalled("os", "replace", count, signal.SIGKILL)) for count in words]
     for child in children:
         child.communicate(timeout=120)
@@ -282,7 +282,7 @@ def test_R5_the_disk_fills_while_a_picture_is_written(study_csv, trained, tmp_pa
         assert main.main([*words, "--pattern_weight", "1"]) == 2
     assert "pattern_mask.png: cannot be written (No space left on device; " in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("train.save_grid", lambda path, *_: path.name.startswith("step") and files.replace_file(
+        patch.setattr("pictures.save_grid", lambda path, *_: path.name.startswith("step") and files.replace_file(
             path, lambda file: full(None, file), 1))
         assert main.main(words) == 2
     assert "step_000006.png: cannot be written" in capsys.readouterr().err and not strays(tmp_path)
