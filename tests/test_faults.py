@@ -478,6 +478,13 @@ def test_T3_a_volume_becomes_unreadable_during_training(study_csv, tmp_path, cap
 
 def ranks_of(process: subprocess.Popen) -> dict[int, int]:
     """Rank -> process, of those that torchrun has started."""
+    found, end = {}, time.monotonic() + 5
+    while len(found) < 2 and time.monotonic() < end:  # a listing of /proc may miss one while others come and go
+        found |= _ranks_now(process)
+    return found
+
+
+def _ranks_now(process: subprocess.Popen) -> dict[int, int]:
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:

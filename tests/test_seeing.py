@@ -19,7 +19,7 @@ from utils.figures import LARGEST, OUTLINE, Panel, save_chart, save_grid
 def test_run_json_tells_a_run_apart(trained):
     for stage, folder in (("stage 1", "stage1"), ("stage 2", "refine")):
         told = json.loads((trained / "results" / folder / "run.json").read_text())
-        assert told["stage"] == stage and len(told["starts"]) == 1
+        assert told["stage"] == stage
         start = told["starts"][0]
         assert start["settings"].keys() == small().as_dict().keys() and start["step"] == 0
         assert start["changed"]["base_channels"] == 8 and "timesteps" not in start["changed"]
