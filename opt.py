@@ -5,311 +5,227 @@
 
 `small()` is the default and trains on a laptop's CPU; `paper()` is the published configuration (arXiv 2511.04963).
 Each setting can also be given for one run: `python main.py --refine --resume_path ./checkpoints/best_model.pth`;
-`python main.py --help` prints the comments below.
+`python main.py --help` prints the comments below. A run resumes only with the settings it was started with, except
+those that affect "nothing", only the other stage, or only sample.py.
 """
+# ruff: noqa: RUF009 (setting() makes a dataclass field)
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
-from dataclasses import dataclass, field
 from typing import Literal
 
-MOST_VOXELS = 2**27  # of a volume, as in data/volumes.py
-SMALLEST_AXIS = 11  # voxels: the Gaussian window of SSIM (sigma 1.5, cut at 3.5 sigma) must fit into the volume
+from data.problems import SMALLEST_AXIS
+from data.volumes import MAX_VOXELS
+from utils.errors import UserError
+from utils.settings import Settings, problems_of, setting
 
 
-class OptionError(ValueError):
-    """A setting that cannot work; the message names the option, its value and the remedy."""
-
-
-@dataclass
-class Options:
+@dataclasses.dataclass
+class Options(Settings):
     # ---- What to run
-    # False: stage 1, the dual-modal diffusion model. True: stage 2, refinement on top of the model in resume_path
-    refine: bool = False
-    # stage 1: the run to continue (empty: last_model.pth of checkpoint_dir). Stage 2: the stage-1 model to refine,
-    # or a stage-2 checkpoint to continue
-    resume_path: str = ""
-    # train nothing: read every volume to its end and report all problems of the study at once, with a summary
-    check: bool = False
+    refine: bool = setting(False, affects="nothing")  # False: stage 1, the diffusion model. True: stage 2, refinement
+    # stage 1: the checkpoint to resume (empty: last_model.pth in checkpoint_dir). Stage 2: the stage-1 model to refine,
+    # or a stage-2 checkpoint to resume
+    resume_path: str = setting("", affects="nothing")
+    check: bool = setting(False, affects="nothing")  # do not train: read every volume, report all problems of the study
 
     # ---- Data
-    # CSV/TSV (columns: subject, one per modality, optionally session, group, fold) or a BIDS tree.
-    # The default is the demo, which is written there on first use
-    data_root: str = "./data/demo"
-    modalities: tuple[str, ...] = ("fmri", "dmri")  # the two modalities: column names, or fmri and dmri in a BIDS tree
-    # BIDS: how a modality's file names end before .nii.gz. Known: fmri=bold dmri=dwi; others end in their own name
-    # (T1w, FLAIR). For example fmri=space-MNI152NLin2009cAsym_desc-preproc_bold; * stands for anything
-    bids_suffix: dict = field(default_factory=dict)
-    exclude: tuple[str, ...] = ()  # subjects, or single visits (sub-01_ses-2), to leave out
-    # voxels, in RAS order: one int, three ints, or one entry per modality. Every volume must have this size,
-    # unless resize says otherwise. On the command line: 64, 64x64x32, or fmri=32x32x18 dmri=48x48x30
-    image_size: int | tuple | dict = field(default_factory=lambda: {"fmri": (32, 32, 18), "dmri": (48, 48, 30)})
-    # "none" refuses a volume of another size; "resample" interpolates it onto image_size over the same field of view;
-    # "pad_crop" keeps its voxels and pads or cuts around its centre. Outputs go back to each file's own grid
-    resize: Literal["none", "resample", "pad_crop"] = "none"
-    # how a 4-D file becomes a volume: mean, std, first, b0 or shell (needs the .bval beside it), or one per modality
-    reduce: str | dict = "mean"
-    # which intensities become -1 and 1: "percentile" (0.1 and 99.9, robust against outliers) or "minmax" of a volume,
-    # "brain_percentile" or "brain_minmax" of its brain (largest part above Otsu's threshold); or one per modality
-    intensity: str | dict = "percentile"
-    # at random, per pair and step: "flip" (left-right) and "affine" (5 degrees, 5 %, 3 mm), both modalities alike,
-    # and "intensity" (bent scale of grey), each its own. For example ("flip", "affine", "intensity"); () for none
-    augment: tuple[str, ...] = ()
-    # where the volumes live: "mni", "native", or "auto" (MNI for the demo and for files named space-MNI...).
-    # The brain networks of the pattern-aware loss are only known in MNI space
+    # a CSV/TSV file (columns: subject, one per modality; optional: session, group, fold) or a BIDS folder;
+    data_root: str = setting("./data/demo", affects="nothing")  # the default is a demo, written on first use
+    modalities: tuple[str, ...] = setting(("fmri", "dmri"), affects="data")  # columns of the table, or BIDS names
+    # BIDS: the end of a modality's file names before .nii.gz; * matches anything. Default: fmri=bold dmri=dwi, any
+    # other modality its own name (T1w, FLAIR). Example: fmri=space-MNI152NLin2009cAsym_desc-preproc_bold
+    bids_suffix: dict = setting({})
+    exclude: tuple[str, ...] = ()  # subjects (sub-01) or single visits (sub-01_ses-2) to leave out
+    # voxels along X, Y, Z in RAS order: one int, three ints, or one entry per modality. Every volume must have this
+    # size unless resize is set. On the command line: 64, 64x64x32, or fmri=32x32x18 dmri=48x48x30
+    image_size: int | tuple | dict = setting({"fmri": (32, 32, 18), "dmri": (48, 48, 30)}, affects="data",
+                                             per_modality=True)
+    # volumes of another size: "none" refuses them; "resample" interpolates onto image_size over the same field of view;
+    # "pad_crop" keeps the voxels and pads or crops around the centre. Outputs return to each file's own grid
+    resize: Literal["none", "resample", "pad_crop"] = setting("none", affects="data")
+    # 4-D to 3-D: mean, std or first over time; b0 or shell by b-value (needs the .bval beside it); or one per modality
+    reduce: str | dict = setting("mean", affects="data", per_modality=True,
+                                 choices=("mean", "std", "first", "b0", "shell"))
+    # the intensities that map to -1 and 1: "percentile" (0.1 and 99.9, robust) or "minmax" of the volume, or of its
+    # brain ("brain_percentile", "brain_minmax": largest component above Otsu's threshold); or one per modality
+    intensity: str | dict = setting("percentile", affects="data", per_modality=True,
+                                    choices=("percentile", "minmax", "brain_percentile", "brain_minmax"))
+    # random, per pair and step: "flip" (left-right) and "affine" (5 degrees, 5 %, 3 mm), the same for both modalities,
+    # and "intensity" (a random grey-value curve), one per modality. Example: ("flip", "affine", "intensity"); (): none
+    augment: tuple[str, ...] = setting((), choices=("flip", "affine", "intensity"))
+    # "auto": MNI for the demo and files named space-MNI...; only MNI space has the networks of the pattern-aware loss
     space: Literal["auto", "mni", "native"] = "auto"
-    cache_dir: str = "./data/cache"  # decoded and coarse volumes; can be deleted between runs, and are then made again
-    folds: int = 5  # subjects are divided into this many folds; 1 trains and reports on everything
-    fold: int = 0  # the fold that is held out for testing, 0 .. folds - 1
-    validation_fraction: float = 0.15  # part of the other folds' subjects that chooses the best checkpoint
+    cache_dir: str = setting("./data/cache", affects="nothing")  # decoded and coarse volumes; delete only between runs
+    folds: int = setting(5, at_least=1, affects="data")  # folds of the subjects; 1: no test set, train on all
+    fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1
+    # fraction of the other folds' subjects that is held out to choose the best checkpoint
+    validation_fraction: float = setting(0.15, at_least=0, below=1, affects="data")
 
     # ---- Model (both stages)
-    unet_depth: int = 3  # resolution levels; each further one halves the grid and doubles the channels
-    base_channels: int = 32  # channels of the finest level
-    res_blocks: int = 1  # residual blocks per level
-    output_blocks: int = 2  # residual blocks on the target's grid, after the features of the source's grid arrived
-    # the network works on blocks of this many voxels per axis (space-to-depth): 1 is published, 2 several times faster
-    patch_size: int = 2
-    # "late" (published): the noisy target meets the source's features at the output only;
-    # "early": the body sees the target and the output the source, too
-    fusion: Literal["late", "early"] = "early"
-    attention_tokens: int = 1024  # self-attention on levels with at most this many positions; 0: none
-    dropout: float = 0.0  # probability of dropping a feature inside the residual blocks
+    unet_depth: int = setting(3, at_least=1, at_most=6)  # resolution levels; each halves the grid, doubles the channels
+    base_channels: int = setting(32, at_least=8)  # channels at the finest level; a multiple of 8
+    res_blocks: int = setting(1, at_least=1)  # residual blocks per level
+    output_blocks: int = setting(2, at_least=1)  # residual blocks on the target's grid, where source features join
+    patch_size: int = setting(2, at_least=1, at_most=8)  # space-to-depth, in voxels: 1 is published, 2 much faster
+    # "late" (published): noisy target and source features meet only at the output;
+    fusion: Literal["late", "early"] = "early"  # "early": the U-Net also receives the target, the output the source
+    attention_tokens: int = setting(1024, at_least=0)  # self-attention on levels of up to this many positions; 0: off
+    dropout: float = setting(0.0, at_least=0, below=1)  # dropout probability in the residual blocks
 
     # ---- Diffusion (stage 1)
-    timesteps: int = 1000  # T of the cosine noise schedule
-    timestep_coupling: Literal["shared", "independent"] = "independent"  # one t for both modalities, or one each
-    prediction: Literal["epsilon", "v"] = "v"  # what the network predicts: the noise, or v (Salimans & Ho 2022)
-    # stage 1 also learns the pairs' groups (column group, or participants.tsv), so that sample.py can draw new pairs of
-    # each. Translations are not told the group: it is often what they are to help find
-    condition_on_group: bool = False
-    # "dpmpp", DPM-Solver++(2M): 12 of its steps are as close to the limit of many steps as 100 of "ddim"
-    sampler: Literal["dpmpp", "ddim"] = "dpmpp"
-    sampling_steps: int = 12  # network evaluations per sample
-    eta: float = 0.0  # DDIM: 0 is deterministic, 1 is ancestral sampling
+    timesteps: int = setting(1000, at_least=2, affects="stage 1")  # T of the cosine noise schedule
+    # one timestep for both modalities, or one for each
+    timestep_coupling: Literal["shared", "independent"] = setting("independent", affects="stage 1")
+    prediction: Literal["epsilon", "v"] = setting("v", affects="stage 1")  # of the noise, or v (Salimans & Ho 2022)
+    # also learn diagnostic groups (column group, or participants.tsv), so that sample.py can draw new pairs of each;
+    condition_on_group: bool = setting(False, affects="stage 1")  # translations do not see the group: it may be unknown
+    # "dpmpp" is DPM-Solver++(2M): 12 steps are as close to the limit of many steps as 100 steps of "ddim"
+    sampler: Literal["dpmpp", "ddim"] = setting("dpmpp", affects="sampling")
+    sampling_steps: int = setting(12, at_least=1, affects="sampling")  # network evaluations per sample, 1 .. timesteps
+    eta: float = setting(0.0, at_least=0, at_most=1, affects="sampling")  # DDIM: 0 deterministic, 1 ancestral sampling
 
     # ---- Losses
-    loss: Literal["l1", "l2"] = "l2"  # stage 1: squared, or absolute (published) error of the prediction
-    pattern_weight: float = 1.0  # additional weight of voxels in the disease-related brain networks; 0 turns it off
+    loss: Literal["l1", "l2"] = setting("l2", affects="stage 1")  # stage 1: absolute (published) or squared error
+    pattern_weight: float = setting(1.0, at_least=0)  # extra weight of voxels in disease-related brain networks; 0: off
     pattern_networks: tuple[str, ...] = ("cingulo-opercular", "default", "fronto-parietal")  # of Dosenbach's 160 ROIs
-    pattern_radius: float = 5.0  # mm around each ROI's centre
-    # instead of these ROIs, and in native space too: a NIfTI image of labels over the volumes; {subject} and {session}
-    # in its path stand for those of each pair
-    pattern_file: str = ""
-    pattern_labels: tuple[int, ...] = ()  # the labels of pattern_file that count; (): all but 0
-    structure_weight: float = 0.1  # stage 2: weight of 1 - SSIM; 0 turns it off
-    microstructure_weight: float = 0.1  # stage 2: weight of the loss on three projections; 0 turns it off
-    # stage 2: weight of the loss on VGG16's features of these projections, where its weights are at hand; 0: off
-    perceptual_weight: float = 0.01
-    vgg_weights: str = ""  # a file with torchvision's state dict of VGG16; empty: its file in the cache of torch.hub
-    vgg_download: bool = False  # fetch them into that cache, 528 MB, where they are not there
+    pattern_radius: float = setting(5.0, above=0)  # mm around each ROI's centre
+    # a NIfTI label image over the volumes to use instead of these ROIs, also in native space;
+    pattern_file: str = ""  # {subject} and {session} in the path are replaced by those of each pair
+    pattern_labels: tuple[int, ...] = ()  # labels of pattern_file that get the extra weight; (): all except 0
+    structure_weight: float = setting(0.1, at_least=0, affects="stage 2")  # stage 2: weight of 1 - SSIM; 0: off
+    # stage 2: weight of the loss on the mean projections along the three axes; 0: off
+    microstructure_weight: float = setting(0.1, at_least=0, affects="stage 2")
+    # stage 2: weight of the loss on VGG16 features of these projections, if the VGG16 weights are available; 0: off.
+    perceptual_weight: float = setting(0.01, at_least=0, affects="nothing")  # On resume, their hash is compared
+    vgg_weights: str = setting("", affects="nothing")  # torchvision's VGG16 state dict; empty: from torch.hub's cache
+    vgg_download: bool = setting(False, affects="nothing")  # download the file into that cache if missing (528 MB)
 
     # ---- Training
-    optimiser: Literal["adam", "muon"] = "adam"  # of stage 1; for "muon" halve the learning_rate
-    # stage 2: "muon" ends 1.1 dB above "adam" (published) after 240 steps of the demo, each 1.15 times as long
-    refine_optimiser: Literal["adam", "muon"] = "muon"
-    # stage 1: Adam's peak rate, after the warm-up and before the cosine decay; Muon's is 20 times as high
-    learning_rate: float = 2e-3
-    refine_learning_rate: float = 1e-3  # stage 2: the same
-    batch_size: int = 4  # pairs per step, of all ranks together
-    # parts that a step's pairs are computed in, one after the other: less memory, and the same gradient (with dropout:
-    # another draw of what is dropped)
-    accumulate: int = 1
-    # keep only the inputs of the networks' blocks until the backward pass, which computes the rest once more: less
-    # memory, more time, the same gradient
-    gradient_checkpointing: bool = False
-    epochs: int = 120  # stage 1: passes over the training pairs
-    refine_epochs: int = 120  # stage 2: passes over the training pairs
-    max_steps: int = 0  # stop after this many optimiser steps; 0: as many as the epochs have
-    warmup_steps: int = 50  # steps over which the learning rate rises
-    ema_decay: float = 0.995  # moving average of the weights that is validated, sampled and kept as best
-    gradient_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    # "auto": bfloat16 where the GPU or the processor (AMX) multiplies matrices in it, else float32. "fp16" (the loss is
-    # scaled) is for GPUs before Ampere
+    optimiser: Literal["adam", "muon"] = setting("adam", affects="stage 1")  # for "muon" halve learning_rate
+    # of stage 2: on the demo "muon" ends 1.1 dB above "adam" (published) after 240 steps that take 1.15 times as long
+    refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")
+    # stage 1: peak rate of Adam, after warm-up and before cosine decay; Muon's is 20 times as high
+    learning_rate: float = setting(2e-3, above=0, at_most=1, affects="stage 1")
+    refine_learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 2")  # stage 2: peak rate, as above
+    batch_size: int = setting(4, at_least=1)  # pairs per optimiser step, over all ranks together
+    # micro-batches that each batch is split into: less memory, the same gradient (except that dropout draws anew)
+    accumulate: int = setting(1, at_least=1, affects="nothing")
+    # store only the inputs of the residual blocks and recompute the rest: less memory, more time, the same gradient
+    gradient_checkpointing: bool = setting(False, affects="nothing")
+    epochs: int = setting(120, at_least=1, affects="nothing")  # stage 1: passes over the training pairs
+    refine_epochs: int = setting(120, at_least=1, affects="nothing")  # stage 2: passes over the training pairs
+    max_steps: int = setting(0, at_least=0, affects="nothing")  # stop after this many optimiser steps; 0: after epochs
+    warmup_steps: int = setting(50, at_least=0)  # steps over which the learning rate rises to its peak
+    ema_decay: float = setting(0.995, at_least=0, below=1)  # average of the weights: validated, sampled, saved as best
+    gradient_clip: float = setting(1.0, at_least=0)  # largest gradient norm; 0: no clipping
+    # "auto": bfloat16 if the GPU or CPU (AMX) multiplies matrices in it, else float32. "fp16": for GPUs before Ampere
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
-    seed: int = 0  # of the split, the order of the data, the first weights, and every noise
+    device: str = setting("auto", affects="nothing")  # "auto", "cpu", "cuda", "cuda:1", ...
+    seed: int = setting(0, at_least=0, affects="data")  # of the split, data order, initial weights and all noise
 
     # ---- Refinement (stage 2)
-    # the coarse volume: "given" is sampled from the subject's own source, "joint" (published) from nothing; "none" is
-    # the mean training volume, which tells what the prior is worth
-    coarse: Literal["given", "joint", "none"] = "given"
-    # samples of each target: training sees means of random parts of them, and what is refined in the end is their mean
-    coarse_samples: int = 8
-    coarse_dropout: float = 0.1  # probability that training replaces the coarse volume by the mean volume
-    residual: bool = True  # the network adds to the best linear blend of coarse volume and source, not to nothing
-    warm_start: bool = True  # start from the backbone's trunk instead of random weights
+    # coarse volume: sampled "given" the source, "joint" (published) without it, or "none": the mean volume, to compare
+    coarse: Literal["given", "joint", "none"] = setting("given", affects="stage 2")
+    coarse_samples: int = setting(8, at_least=1, affects="sampling")  # averaged per target; training averages a subset
+    # probability that training replaces the coarse volume with the mean training volume
+    coarse_dropout: float = setting(0.1, at_least=0, below=1, affects="stage 2")
+    residual: bool = setting(True, affects="stage 2")  # add to the best linear blend of coarse and source, not to zero
+    warm_start: bool = setting(True, affects="stage 2")  # start from the trunk of the stage-1 network, not at random
 
     # ---- Output
-    checkpoint_dir: str = "./checkpoints"  # best_model.pth, last_model.pth, best_refine.pth, last_refine.pth
-    result_dir: str = "./results"  # pictures, NIfTI volumes, log.csv, metrics.csv
-    checkpoint_every: int = 100  # steps between two writings of last_*.pth (also written at the end of each epoch)
-    validate_every: int = 10  # epochs between two validations (also at the end of the run)
-    num_samples: int = 2  # subjects shown in a sample grid
-    # curves and sample grids also for TensorBoard, where it is installed: tensorboard --logdir results
-    tensorboard: bool = True
-    # save and stop this many minutes after the start, reading included; the same command continues. 0: no limit
-    max_minutes: float = 0.0
+    checkpoint_dir: str = setting("./checkpoints", affects="nothing")  # folder of {best,last}_{model,refine}.pth
+    result_dir: str = setting("./results", affects="nothing")  # folder of figures, NIfTI volumes, log.csv, metrics.csv
+    checkpoint_every: int = setting(100, at_least=1, affects="nothing")  # steps between saves (also after every epoch)
+    validate_every: int = setting(10, at_least=1, affects="nothing")  # epochs between validations (also at the end)
+    num_samples: int = setting(2, at_least=1, affects="nothing")  # subjects in a sample grid
+    tensorboard: bool = setting(True, affects="nothing")  # also log there, if installed: tensorboard --logdir results
+    # save and stop this many minutes after the program started; run the same command to resume. 0: no limit
+    max_minutes: float = setting(0.0, at_least=0, affects="nothing")
 
-    # ---- Using a trained model (python sample.py; resume_path names the model, of either stage)
-    sample_dir: str = "./results/synthesis"  # where the synthesised volumes go: a BIDS derivatives tree
-    # this many new pairs from noise alone (of each group, with condition_on_group); 0: translate what data_root holds
-    joint_samples: int = 0
-    # grid of a translation: "target", the other modality's (its own file's, or that of training over the source's field
-    # of view), or "source", that of the source's file
-    output_space: Literal["target", "source"] = "target"
-    # samples of the prior for each translation, given its source: what is made of their mean, and their voxel-wise
-    # standard deviation, are written beside it; 0: none
-    uncertainty_samples: int = 0
+    # ---- Using a trained model (python sample.py; resume_path is the model, of either stage)
+    sample_dir: str = setting("./results/synthesis", affects="sample.py")  # output folder, a BIDS derivatives tree
+    # number of new pairs to draw from noise (per group, with condition_on_group); 0: translate the scans in data_root
+    joint_samples: int = setting(0, at_least=0, below=10**6, affects="sample.py")
+    # grid of a translation: the source file's, or the target file's (without one: training's, over the source's view)
+    output_space: Literal["target", "source"] = setting("target", affects="sample.py")
+    # also write the mean (refined, after stage 2) and the voxel-wise standard deviation of this many samples; 0: none
+    uncertainty_samples: int = setting(0, at_least=0, affects="sample.py")
 
-    def __post_init__(self) -> None:
-        self.__dict__["edited"] = set()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        self.__dict__.setdefault("edited", set()).add(name)
-
-    def as_dict(self) -> dict:
-        """Plain Python values of every setting, in the order of this file."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    as_dict = dataclasses.asdict  # setting -> plain Python value, in the order of this file
 
     def image_sizes(self) -> dict[str, tuple[int, int, int]]:
-        """`image_size` spelt out: modality -> (X, Y, Z) in voxels. Raises OptionError where it is none of its forms."""
-        size, names = self.image_size, tuple(self.modalities)
+        """`image_size` spelt out: modality -> (X, Y, Z) in voxels. Raises UserError."""
+        size, modalities = self.image_size, tuple(self.modalities)
         if isinstance(size, (tuple, list)) and len(size) == 2 and any(isinstance(n, (tuple, list)) for n in size):
-            size = dict(zip(names, size))
-        if not isinstance(size, dict):
-            size = {name: size for name in names}
-        if set(size) != set(names):
-            raise OptionError(f"opt.image_size names the modalities {', '.join(map(str, size))}, but opt.modalities = "
-                              f"{names}; give one size, or one for each of these two")
-        return {name: _three_ints(size[name]) for name in names}
+            sizes = dict(zip(modalities, size))
+        else:
+            sizes = size if isinstance(size, dict) else dict.fromkeys(modalities, size)
+        if set(sizes) != set(modalities):
+            raise UserError(f"opt.image_size = {size!r}: give one size, or one for each modality of {modalities}")
+        sizes = {name: (sizes[name],) * 3 if isinstance(sizes[name], int) else sizes[name] for name in modalities}
+        for axes in sizes.values():
+            if not isinstance(axes, (tuple, list)) or len(axes) != 3 \
+                    or not all(type(n) is int and n >= SMALLEST_AXIS for n in axes) or math.prod(axes) > MAX_VOXELS:
+                raise UserError(f"opt.image_size = {size!r}: give an int, three ints, or one of these per modality, "
+                                f"each axis at least {SMALLEST_AXIS} voxels, at most {MAX_VOXELS:,} in all")
+        return {name: tuple(axes) for name, axes in sizes.items()}
 
-    def per_modality(self, name: str) -> dict[str, str]:
-        """`reduce` or `intensity` spelt out: modality -> choice. Raises OptionError where it is not for both."""
+    def per_modality(self, name: str) -> dict:
+        """A setting such as `reduce` spelt out: modality -> its value. Raises UserError."""
+        if name == "image_size":
+            return self.image_sizes()
         value = getattr(self, name)
-        named = value if isinstance(value, dict) else {each: value for each in self.modalities}
-        if set(named) != set(self.modalities):
-            raise OptionError(f"opt.{name} = {value!r} must be one name, or one for each of {self.modalities}")
-        return {each: named[each] for each in self.modalities}
+        choices = value if isinstance(value, dict) else dict.fromkeys(self.modalities, value)
+        if set(choices) != set(self.modalities):
+            raise UserError(f"opt.{name} = {value!r}: give one word, or one for each of {tuple(self.modalities)}")
+        return {modality: choices[modality] for modality in self.modalities}
 
     def resolved(self) -> dict:
-        """As `as_dict`, with what is given per modality spelt out: what a run is recognised by and saved with."""
-        return {**self.as_dict(), "image_size": self.image_sizes(),
-                **{name: self.per_modality(name) for name in ("reduce", "intensity")}}
+        """As `as_dict`, with settings per modality spelt out: what a checkpoint keeps and a run is recognised by."""
+        return {**self.as_dict(), **{name: self.per_modality(name) for name in PER_MODALITY}}
 
     def network_arguments(self) -> dict:
-        """What the networks of both stages are built from, besides the image sizes."""
+        """The arguments of the networks of both stages, besides the image sizes."""
         return {"channels": self.base_channels, "depth": self.unet_depth, "blocks": self.res_blocks,
                 "output_blocks": self.output_blocks, "patch": self.patch_size, "fusion": self.fusion,
                 "attention_tokens": self.attention_tokens, "dropout": self.dropout}
 
     def validate(self) -> None:
-        """Raise one OptionError that lists every wrong name, type, value and combination."""
-        problems = [_unknown_name(name) for name in sorted(self.edited - set(self.as_dict()))]
-        problems += _wrong_types(self) or [f"opt.{name} = {getattr(self, name)!r}: {remedy}"
-                                           for name, wrong, remedy in _rules(self) if wrong]
-        if not problems:
-            sizes = () if self.check else (self.image_sizes,)  # the check suggests them
-            for spell_out in (*sizes, lambda: self.per_modality("reduce"),
-                              lambda: self.per_modality("intensity")):
-                try:
-                    spell_out()
-                except OptionError as error:
+        """Raise one UserError that lists every wrong name, type, value and combination."""
+        if problems := problems_of(self):
+            raise UserError("\n".join(problems))
+
+    def wrong_combinations(self) -> list[str]:
+        modalities, suffixes = tuple(self.modalities), self.bids_suffix
+        rules = [  # (setting, whether it is wrong, what to do)
+            ("modalities", not len(modalities) == len(set(modalities)) == 2
+             or not all(name.isidentifier() for name in modalities), "give two different names made of a-z, 0-9 and _"),
+            ("bids_suffix", not set(suffixes) <= set(modalities)
+             or not all(isinstance(end, str) and end and "/" not in end for end in suffixes.values()),
+             f"name a modality of {modalities} and how its file names end, for example fmri=desc-preproc_bold"),
+            ("fold", self.fold >= self.folds > 0, f"must be 0 .. {self.folds - 1}, with opt.folds = {self.folds}"),
+            ("base_channels", self.base_channels % 8 != 0, "must be a multiple of 8, for group normalisation"),
+            ("sampling_steps", self.sampling_steps > self.timesteps, f"must be 1 .. opt.timesteps = {self.timesteps}"),
+            ("eta", self.eta > 0 and self.sampler != "ddim", 'must be 0 unless opt.sampler = "ddim"'),
+            ("pattern_labels", any(label < 1 for label in self.pattern_labels) or
+             (self.pattern_labels and not self.pattern_file), "set opt.pattern_file, and labels above 0 (background)"),
+            ("uncertainty_samples", self.uncertainty_samples == 1, "one sample has no deviation; use 2 or more, or 0"),
+            ("refine", self.refine and not self.resume_path,
+             'stage 2 needs a stage-1 model: set opt.resume_path, for example "./checkpoints/best_model.pth"'),
+            ("device", self.device != "auto" and not self.device.startswith(("cpu", "cuda")),
+             "use auto, cpu, cuda, or cuda:1 for the second GPU"),
+        ]
+        problems = [f"opt.{name} = {getattr(self, name)!r}: {remedy}" for name, wrong, remedy in rules if wrong]
+        for name in PER_MODALITY:
+            try:
+                self.per_modality(name)
+            except UserError as error:
+                if not (self.check and name == "image_size"):  # the check suggests sizes
                     problems.append(str(error))
-        if problems:
-            raise OptionError("\n".join(problems))
-
-
-def _three_ints(size: object) -> tuple[int, int, int]:
-    axes = (size,) * 3 if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(axes) != 3 or not all(type(n) is int and n >= SMALLEST_AXIS for n in axes) \
-            or math.prod(axes) > MOST_VOXELS:
-        raise OptionError(f"opt.image_size = {size!r}: give an int, three ints, or one of these per modality, "
-                          f"each axis at least {SMALLEST_AXIS} voxels, {MOST_VOXELS:,} in all at most")
-    return axes
-
-
-def _unknown_name(name: str) -> str:
-    close = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(Options)], n=1)
-    hint = f"did you mean opt.{close[0]}?" if close else "python main.py --help lists the settings"
-    return f"opt.{name}: there is no such setting; {hint}"
-
-
-def _fits(value: object, annotation: object) -> bool:
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return value in typing.get_args(annotation)
-    if origin is types.UnionType:
-        return any(_fits(value, each) for each in typing.get_args(annotation))
-    if origin is tuple:
-        return isinstance(value, (tuple, list)) and all(_fits(each, typing.get_args(annotation)[0]) for each in value)
-    if annotation is tuple:
-        return isinstance(value, (tuple, list))
-    if annotation in (int, float):  # a bool is no number here, an int is a float, NaN and infinity are nothing
-        return type(value) in ((int,) if annotation is int else (int, float)) and abs(value) < 2**63
-    return isinstance(value, annotation)
-
-
-def _wrong_types(options: Options) -> list[str]:
-    problems = []
-    for name, annotation in typing.get_type_hints(Options).items():
-        if not _fits(getattr(options, name), annotation):
-            choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
-            wanted = f"one of {', '.join(choices)}" if choices else getattr(annotation, "__name__", str(annotation))
-            problems.append(f"opt.{name} = {getattr(options, name)!r}: must be {wanted}")
-    return problems
-
-
-def _rules(o: Options) -> list[tuple[str, bool, str]]:
-    """(option, is it wrong, what to do) for all that the types do not say."""
-    at_least_one = ("folds", "unet_depth", "base_channels", "res_blocks", "output_blocks", "patch_size", "batch_size",
-                    "epochs", "refine_epochs", "checkpoint_every", "validate_every", "num_samples", "coarse_samples",
-                    "accumulate")
-    not_negative = ("attention_tokens", "eta", "pattern_weight", "structure_weight", "microstructure_weight",
-                    "perceptual_weight", "max_steps", "warmup_steps", "gradient_clip", "max_minutes", "seed",
-                    "joint_samples", "uncertainty_samples")
-    fractions = ("validation_fraction", "dropout", "ema_decay", "coarse_dropout")
-    names = {"reduce": ("mean", "std", "first", "b0", "shell"), "augment": ("flip", "affine", "intensity"),
-             "intensity": ("percentile", "minmax", "brain_percentile", "brain_minmax")}
-    chosen = {name: value.values() if isinstance(value := getattr(o, name), dict) else
-              [value] if isinstance(value, str) else value for name in names}
-    return [
-        *((name, getattr(o, name) < 1, "must be at least 1") for name in at_least_one),
-        *((name, getattr(o, name) < 0, "must not be negative") for name in not_negative),
-        *((name, not 0 <= getattr(o, name) < 1, "must be at least 0 and below 1") for name in fractions),
-        *((name, not 0 < getattr(o, name) <= 1, "must be above 0 and at most 1")
-          for name in ("learning_rate", "refine_learning_rate")),
-        ("modalities", len(o.modalities) != 2 or len(set(o.modalities)) != 2
-         or not all(name.isidentifier() for name in o.modalities),
-         "give two different names made of letters, digits and _"),
-        *((name, not set(chosen[name]) <= set(names[name]), f"choose from {', '.join(names[name])}") for name in names),
-        ("bids_suffix", not set(o.bids_suffix) <= set(o.modalities)
-         or not all(isinstance(each, str) and each and "/" not in each for each in o.bids_suffix.values()),
-         f"name a modality of {o.modalities} and how its file names end, for example fmri=desc-preproc_bold"),
-        ("fold", not 0 <= o.fold < max(o.folds, 1), f"with opt.folds = {o.folds} it must be 0 .. {o.folds - 1}"),
-        ("timesteps", o.timesteps < 2, "must be at least 2"),
-        ("sampling_steps", not 1 <= o.sampling_steps <= o.timesteps,
-         f"must be 1 .. opt.timesteps = {o.timesteps}"),
-        ("pattern_radius", o.pattern_radius <= 0, "must be above 0 mm"),
-        ("eta", o.eta > 1, "must be at most 1"),
-        ("eta", o.eta > 0 and o.sampler != "ddim", 'only opt.sampler = "ddim" has it'),
-        ("pattern_labels", bool(o.pattern_labels) and not o.pattern_file, "are labels of opt.pattern_file: set it too"),
-        ("pattern_labels", any(label < 1 for label in o.pattern_labels), "0 is the background; give labels above it"),
-        ("patch_size", o.patch_size > 8, "must be at most 8 voxels"),
-        ("unet_depth", o.unet_depth > 6, "six levels shrink the volume 32-fold; choose fewer"),
-        ("base_channels", o.base_channels % 8 != 0, "must be a multiple of 8 (group normalisation)"),
-        ("joint_samples", o.joint_samples >= 10**6, "must be below a million"),
-        ("uncertainty_samples", o.uncertainty_samples == 1, "one sample has no deviation; give two or more, or 0"),
-        ("refine", o.refine and not o.resume_path,
-         'stage 2 needs a trained backbone: set opt.resume_path, for example "./checkpoints/best_model.pth"'),
-        ("device", o.device != "auto" and not o.device.startswith(("cpu", "cuda")), "choose auto, cpu or cuda[:N]"),
-    ]
+        return problems
 
 
 def small() -> Options:
@@ -328,7 +244,9 @@ def paper() -> Options:
         validate_every=1)
 
 
+PER_MODALITY = [field.name for field in dataclasses.fields(Options) if field.metadata.get("per_modality")]
 PRESETS = {"small": small, "paper": paper}
+names_affecting = Options.names_affecting
 
 opt = small()
 # ---- Edit below this line, for example:

@@ -1,193 +1,130 @@
-"""Which choices of stage 1 are worth their time: one factor at a time from the defaults, at equal wall-clock.
+"""Which settings are worth it: variants of one stage, trained with equal steps or equal time, over several seeds.
 
-    python -m benchmarks.ablation --seconds 75 --seeds 3 --out results/ablation [any options of main.py]
+    python -m benchmarks.ablation --steps 200 --seeds 3                                 [any options of main.py]
+    python -m benchmarks.ablation --stage 2 --minutes 3 --variants default "no prior" "joint prior"
+    python -m benchmarks.ablation --steps 200 --variants default muon --add "muon=--optimiser muon --learning_rate 1e-3"
 
-Every variant gets as many steps as fit into `seconds` by its own measured time per step, and is scored on validation
-subjects. Writes runs.csv, subjects.csv (a finished run is not repeated) and table.md, with mean and spread over seeds,
-and the paired effect of the pattern weight inside and outside the networks.
+Trains every variant and seed with `python main.py` in a folder of its own; stage 2 refines one stage 1 per seed, of the
+same length. Minutes become steps by each variant's own time per step (benchmarks/step.py). Run the same command to
+resume. Writes runs.csv, with the last scores of validation subjects in each log.csv ("validation": x0 error in stage 1,
+PSNR in stage 2; "psnr" and "ssim": of samples), and table.md: mean and standard deviation over seeds, and the default
+minus each variant, paired by seed, with its 95 % interval.
 """
 
-from __future__ import annotations
-
 import argparse
-import copy
 import csv
 import itertools
 import json
-import time
-from collections.abc import Iterator
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-import main
-from benchmarks.stage1_quality import joint_scores, translation_scores
-from data.study import Study, training_batch
-from models.backbone import Backbone
-from models.diffusion import Diffusion
-from models.unet import DualModalUNet
-from opt import PRESETS, opt
-from train import train_step, validate
-from utils.arguments import parse_arguments
-from utils.ema import EMA
+from benchmarks.step import run_case
+from utils.files import write_table, write_text
 from utils.metrics import paired_gain
-from utils.optimise import Optimiser, number_type
 
-JOINT = 12  # joint samples of each run
-FACTORS = {"default": {}, "timesteps shared": {"timestep_coupling": "shared"}, "epsilon": {"prediction": "epsilon"},
-           "fusion late": {"fusion": "late"}, "loss L1": {"loss": "l1"}, "pattern weight 0": {"pattern_weight": 0.0},
-           "published topology": {"fusion": "late", "res_blocks": 2, "output_blocks": 1, "patch_size": 1}}
-RUN_COLUMNS = ("variant", "seed", "steps", "x0_error", "joint", "mean_shift", "std_ratio", "spread_ratio", "nearest",
-               "nearest_real")
-SUBJECT_COLUMNS = ("variant", "seed", "subject", "direction", "psnr_single", "ssim_single", "psnr_of_8", "ssim_of_8",
-                   "mean_volume", "inside", "outside")
-
-
-def batches_of(study: Study, settings) -> Iterator[list[int]]:
-    """The training batches of one step after the other, without end."""
-    for step in itertools.count():
-        yield training_batch(study.roles["train"], settings.batch_size, settings.seed, step)
+VARIANTS = {
+    1: {"default": "", "timesteps shared": "--timestep_coupling shared", "epsilon": "--prediction epsilon",
+        "fusion late": "--fusion late", "loss L1": "--loss l1", "pattern weight 0": "--pattern_weight 0",
+        "published topology": "--fusion late --res_blocks 2 --output_blocks 1 --patch_size 1"},
+    2: {"default": "", "no prior": "--coarse none", "no stage 1": "--coarse none --no-warm_start",
+        "joint prior": "--coarse joint", "random trunk": "--no-warm_start", "no residual path": "--no-residual",
+        "no microstructure loss": "--microstructure_weight 0", "no structure loss": "--structure_weight 0",
+        "Adam": "--refine_optimiser adam"}}
+COLUMNS = ("variant", "seed", "steps", "validation", "psnr", "ssim")
 
 
-class Trial:
-    """One variant being trained: its network, averages and optimiser."""
-
-    def __init__(self, settings, study: Study, steps: int, device: torch.device):
-        torch.manual_seed(settings.seed)
-        self.settings, self.study, self.steps = settings, study, steps
-        network = DualModalUNet(study.sizes, **settings.network_arguments()).to(device)
-        network.set_means(study.mean_volumes())
-        self.ema = EMA(network, settings.ema_decay)
-        self.optimiser = Optimiser(network, settings.learning_rate, settings.warmup_steps, steps,
-                                   settings.gradient_clip, settings.optimiser)
-        how = (Diffusion(settings.timesteps, settings.prediction), settings.timestep_coupling, device,
-               number_type(settings.precision, device))
-        self.backbone, self.smooth = (Backbone(each, *how) for each in (network, self.ema.model))
-
-    def train(self, progress=iter) -> float:
-        """All steps; returns the median of their seconds."""
-        seconds = []
-        for step, batch in zip(progress(range(self.steps)), batches_of(self.study, self.settings)):
-            start = time.perf_counter()
-            train_step(self.backbone, self.ema, self.optimiser, self.settings, self.study, batch, step)
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds))
+def scores(folder: Path, stage: int, steps: int) -> dict:
+    """The scores in log.csv after so many steps; empty where the run has not got there."""
+    name, metric = ("stage1", "x0_error") if stage == 1 else ("refine", "psnr")
+    try:
+        with open(folder / name / "log.csv", newline="") as file:
+            rows = {row["kind"]: row for row in csv.DictReader(file) if int(row["step"]) == steps}
+        return {"steps": steps, "validation": float(rows["validation"][metric]),
+                "psnr": float(rows["samples"]["psnr"]), "ssim": float(rows["samples"]["ssim"])}
+    except (FileNotFoundError, KeyError):
+        return {}
 
 
-def run(name: str, settings, study: Study, steps: int, device: torch.device) -> tuple[list[dict], list[dict]]:
-    """Rows of runs.csv and subjects.csv of one variant and seed."""
-    trial = Trial(settings, study, steps, device)
-    trial.train(lambda each: tqdm(each, desc=f"{name}, seed {settings.seed}", unit="step"))
-    label = {"variant": name, "seed": settings.seed}
-    error = validate(trial.smooth, study, 0, settings.batch_size)
-    runs = [{**label, "steps": steps, "x0_error": error, "joint": modality, **values}
-            for modality, values in joint_scores(trial.smooth, study, settings, JOINT).items()]
-    rows = translation_scores(trial.smooth, study, settings, study.roles["validation"], swapped=False)
-    return runs, [{**label, **row} for row in rows]
+def train(folder: Path, stage: int, steps: int, options: list[str]) -> dict:
+    """Train or resume a run, unless it is finished; returns its scores."""
+    if not scores(folder, stage, steps):
+        print(f"---- {folder.name}: {steps} steps", flush=True)
+        command = [sys.executable, "main.py", "--no-tensorboard", "--num_samples=8", *options, f"--max_steps={steps}",
+                   "--epochs=99999", "--refine_epochs=99999", f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
+    return scores(folder, stage, steps)
 
 
-def append(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-                        for row in rows)
+def plan_steps(own: argparse.Namespace, runs: dict[str, tuple[int, list[str]]]) -> dict[str, int]:
+    """name -> steps, timed once and kept in plan.json. Exits where --out holds another ablation."""
+    path = own.out / "plan.json"
+    plan = json.loads(path.read_text()) if path.exists() else {}
+    for name, (stage, options) in runs.items():
+        steps = own.steps or plan.get(name, {}).get("steps") or round(
+            60 * own.minutes / run_case(options, stage)["seconds_per_step"])
+        entry = {"options": options, "minutes": own.minutes, "steps": max(1, steps)}
+        if plan.setdefault(name, entry) != entry:
+            raise SystemExit(f"{path}: {name} was planned with other options or another length; choose another --out")
+    write_text(path, json.dumps(plan, indent=1))
+    return {name: plan[name]["steps"] for name in runs}
 
 
-def read(path: Path, columns: tuple[str, ...]) -> list[dict]:
-    """The rows of a file; of those that are there twice, after an interruption, the last. columns: that tell them."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list({tuple(row[column] for column in columns): row for row in csv.DictReader(file)}.values())
-
-
-def mean_and_spread(rows: list[dict], column: str, digits: int) -> str:
-    """Mean over everything, and standard deviation between the seeds' means."""
-    by_seed = {}
+def table(rows: list[dict]) -> str:
+    """Markdown, one line per variant."""
+    columns, by_variant = COLUMNS[3:], {}
     for row in rows:
-        by_seed.setdefault(row["seed"], []).append(float(row[column]))
-    means = [np.mean(values) for values in by_seed.values()]
-    return f"{np.mean(means):.{digits}f} +- {np.std(means, ddof=1) if len(means) > 1 else 0:.{digits}f}"
-
-
-def table(runs: list[dict], subjects: list[dict]) -> str:
-    """Markdown: one line per variant, and the effect of the pattern weight."""
-    directions = list(dict.fromkeys(row["direction"] for row in subjects))
-    modalities = list(dict.fromkeys(row["joint"] for row in runs))
-    heads = ["variant", "steps", "x0 error", *(f"{each}, one sample, dB" for each in directions),
-             *(f"{each}, mean of 8, dB / SSIM" for each in directions), "error inside / outside networks",
-             *(f"joint {each}: shift, std, spread, nearest / real" for each in modalities)]
+        by_variant.setdefault(row["variant"], {})[row["seed"]] = row
+    heads = ["variant", "steps", *columns, *(f"default minus variant: {column}" for column in columns)]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for variant in dict.fromkeys(row["variant"] for row in runs):
-        mine, scores = ([row for row in rows if row["variant"] == variant] for rows in (runs, subjects))
-        cells = [variant, mean_and_spread(mine, "steps", 0).split()[0], mean_and_spread(mine, "x0_error", 4)]
-        ways = [[row for row in scores if row["direction"] == each] for each in directions]
-        cells += [mean_and_spread(way, "psnr_single", 2) for way in ways]
-        cells += [f"{mean_and_spread(way, 'psnr_of_8', 2)} / {mean_and_spread(way, 'ssim_of_8', 3)}" for way in ways]
-        cells.append(f"{mean_and_spread(scores, 'inside', 4)} / {mean_and_spread(scores, 'outside', 4)}")
-        for modality in modalities:
-            joint = [row for row in mine if row["joint"] == modality]
-            values = [np.mean([float(row[key]) for row in joint]) for key in RUN_COLUMNS[5:]]
-            cells.append("{:+.3f}, {:.2f}, {:.2f}, {:.3f} / {:.3f}".format(*values))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *pattern_effect(subjects)])
+    for variant, runs in by_variant.items():
+        cells, gains = [variant, str(next(iter(runs.values()))["steps"])], []
+        seeds = sorted(runs.keys() & by_variant.get("default", {}).keys()) if variant != "default" else []
+        for column in columns:
+            values = [run[column] for run in runs.values()]
+            cells.append(f"{np.mean(values):.4g} +- {np.std(values, ddof=1) if len(values) > 1 else np.nan:.2g}")
+            pairs = [[by_variant[name][seed][column] for seed in seeds] for name in ("default", variant)]
+            gains.append("{:+.3g} ({:+.3g} .. {:+.3g})".format(*paired_gain(*pairs)) if seeds else "")
+        lines.append(f"| {' | '.join([*cells, *gains])} |")
+    return "\n".join(lines)
 
 
-def pattern_effect(subjects: list[dict]) -> list[str]:
-    """Error with the pattern weight minus error without it, paired by subject (mean of directions and seeds)."""
-    lines = []
-    for region in ("inside", "outside"):
-        values = {}
-        for row in subjects:
-            values.setdefault(row["variant"], {}).setdefault(row["subject"], []).append(float(row[region]))
-        if {"default", "pattern weight 0"} <= values.keys():
-            with_weight, without = (np.array([np.mean(values[name][subject]) for subject in sorted(values[name])])
-                                    for name in ("default", "pattern weight 0"))
-            if len(with_weight) == len(without):
-                gain, low, high = (each / without.mean() for each in paired_gain(with_weight, without))
-                lines.append(f"default against pattern weight 0, {region} the networks: mean absolute error "
-                             f"{gain:+.1%} ({low:+.1%} .. {high:+.1%}, over subjects, for these seeds)")
-    return lines
+def ablate(own: argparse.Namespace, base: list[str], variants: dict[str, str]) -> None:
+    """base: options of all runs; variants: name -> the options that differ."""
+    runs = {"stage 1": (1, base)} if own.stage == 2 else {}
+    runs |= {name: (own.stage, base + shlex.split(options)) for name, options in variants.items()}
+    steps, rows = plan_steps(own, runs), []
+    for seed, (name, (stage, options)) in itertools.product(range(own.seeds), runs.items()):
+        prior = own.out / f"stage 1, seed {seed}" / "best_model.pth"
+        options = [*options, f"--seed={seed}", *(["--refine", f"--resume_path={prior}"] if stage == 2 else [])]
+        found = train(own.out / f"{name}, seed {seed}", stage, steps[name], options)
+        if name in variants:
+            rows.append({"variant": name, "seed": seed, **found})
+            write_table(own.out / "runs.csv", COLUMNS, rows)
+            write_text(own.out / "table.md", table(rows) + "\n")
+    print(table(rows))
 
 
-def ablate(settings, seconds: float, seeds: int, out: Path, names: list[str]) -> None:
-    settings.validate()
-    study, device = main.read_study(settings), main.choose_device(settings.device)
-    out.mkdir(parents=True, exist_ok=True)
-    variants = {}
-    for name in names:
-        variants[name] = copy.deepcopy(settings)
-        for key, value in FACTORS[name].items():
-            setattr(variants[name], key, value)
-    plan = out / "steps.json"  # timed once, so that a continued ablation gives all seeds the same
-    steps = json.loads(plan.read_text()) if plan.exists() else {}
-    for name in [each for each in names if each not in steps]:
-        steps[name] = max(1, round(seconds / min(Trial(variants[name], study, 6, device).train() for _ in range(2))))
-    plan.write_text(json.dumps(steps))
-    results = {"runs.csv": ("variant", "seed", "joint"), "subjects.csv": ("variant", "seed", "subject", "direction")}
-    for seed in range(seeds):
-        for name, each in variants.items():
-            each.seed = seed
-            finished = read(out / "runs.csv", results["runs.csv"])
-            if any(row["variant"] == name and int(row["seed"]) == seed for row in finished):
-                continue
-            runs, subjects = run(name, each, study, steps[name], device)
-            append(out / "subjects.csv", SUBJECT_COLUMNS, subjects)
-            append(out / "runs.csv", RUN_COLUMNS, runs)
-            (out / "table.md").write_text(table(*(read(out / name, keys) for name, keys in results.items())) + "\n")
-    print((out / "table.md").read_text())
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, default=0, help="of every run")
+    length.add_argument("--minutes", type=float, help="of training of every run, without validation and sampling")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", help="names; without it, all")
+    parser.add_argument("--add", action="append", default=[], metavar="NAME=OPTIONS", help="a variant of your own")
+    parser.add_argument("--out", type=Path, default=Path("results/ablation"))
+    own, base = parser.parse_known_args()
+    known = VARIANTS[own.stage] | dict(each.split("=", 1) for each in own.add)
+    if not set(own.variants or ()) <= set(known):
+        parser.error(f"--variants: choose from {', '.join(known)}")
+    ablate(own, base, {name: known[name] for name in own.variants or known})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seconds", type=float, default=75, help="of training per variant and seed")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("results/ablation"))
-    parser.add_argument("--variants", nargs="+", choices=list(FACTORS), default=list(FACTORS))
-    own, rest = parser.parse_known_args()
-    ablate(parse_arguments(opt, PRESETS, rest, "settings of the runs"), own.seconds, own.seeds, own.out, own.variants)
+    main()

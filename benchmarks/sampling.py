@@ -1,71 +1,70 @@
 """Network evaluations and time of each sampler against quality.
 
-    python -m benchmarks.sampling checkpoints/best_model.pth [any options of main.py, as the run had them]
+    python -m benchmarks.sampling checkpoints/best_model.pth [options of main.py, as the run had them]
 
-For translations both ways and joint samples of the first validation subjects, eta 0, in float32: seconds for one volume
-(of a pair for joint samples), the root mean square error (volumes in [-1, 1], same noise) to many steps of
-DPM-Solver++(2M), which is what a sampler is to be near, and PSNR of single samples against the subject's real volume.
+For translations both ways and joint samples of the first validation subjects, eta 0, in float32: seconds per volume
+(per pair for joint samples); root mean square error (volumes in [-1, 1], same noise) to many steps of DPM-Solver++(2M),
+the limit that a sampler approximates; PSNR of single samples against the subject's real volume.
 """
 
-from __future__ import annotations
-
-import sys
+import itertools
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import run_report
 from benchmarks.stage1_quality import open_run
 from data.study import Study
-from models.backbone import Backbone
 from models.diffusion import Purpose
-from opt import PRESETS, opt
-from utils.arguments import parse_arguments
+from models.prior import Prior
+from models.samplers import Sampling
 from utils.metrics import psnr
 
 SUBJECTS = 4
-REFERENCE = ("dpmpp", 500)
+LIMIT = ("dpmpp", 500)
 COMPARED = (("dpmpp", 4), ("dpmpp", 8), ("dpmpp", 12), ("dpmpp", 20), ("ddim", 4), ("ddim", 12), ("ddim", 20),
             ("ddim", 100))
 
 
-def compare(backbone: Backbone, study: Study, seed: int, compared=COMPARED, reference=REFERENCE) -> list[dict]:
-    """Rows of what, sampler, steps, seconds, error, psnr (NaN for joint samples)."""
-    shown = study.roles["validation"][:SUBJECTS]
-    keys, real, rows = [(seed, Purpose.PICTURES, i) for i in shown], study.volumes(shown), []
-    for source in (None, *study.modalities):
-        given = {source: real[source]} if source else {}
-        wanted = [name for name in study.modalities if name != source]
-        limit = None
-        for sampler, steps in (reference, *compared):
-            start = time.perf_counter()
-            made = backbone.sample(keys, study.sizes, steps, sampler, 0.0, given)
-            made = {name: made[name].cpu() for name in wanted}
-            seconds = (time.perf_counter() - start) / len(shown)
-            limit = limit or made
-            apart = torch.cat([(made[name] - limit[name]).flatten() for name in wanted])
-            scores = [psnr(each.numpy()) for name in wanted for each in made[name] - real[name]] if source else [np.nan]
-            rows.append({"what": f"given {source}" if source else "joint", "sampler": sampler, "steps": steps,
-                         "seconds": seconds, "error": float(apart.square().mean().sqrt()), "psnr": np.mean(scores)})
+def compare(prior: Prior, study: Study, seed: int, compared=COMPARED, limit=LIMIT) -> list[dict]:
+    """Rows of kind, sampler, steps, seconds, error and psnr (NaN for joint samples); the first of a kind is the limit.
+    """
+    shown, rows = study.roles["validation"][:SUBJECTS], []
+    keys, real = [(seed, Purpose.PICTURES, i) for i in shown], study.volumes(shown)
+    for source, (sampler, steps) in itertools.product((None, *study.modalities), (limit, *compared)):
+        start = time.perf_counter()
+        samples = prior.sample(keys, Sampling(sampler, steps), {source: real[source]} if source else {})
+        samples = {modality: volume.cpu() for modality, volume in samples.items() if modality != source}
+        seconds = (time.perf_counter() - start) / len(shown)
+        if (sampler, steps) == limit:
+            converged = samples
+        errors = torch.cat([(samples[modality] - converged[modality]).flatten() for modality in samples])
+        scores = [psnr(error.numpy()) for modality in samples for error in samples[modality] - real[modality]]
+        rows.append({"kind": f"given {source}" if source else "joint", "sampler": sampler, "steps": steps,
+                     "seconds": seconds, "error": float(errors.square().mean().sqrt()),
+                     "psnr": float(np.mean(scores)) if source else float("nan")})
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, one line for each sampler and number of steps."""
-    kinds = list(dict.fromkeys(row["what"] for row in rows))
+    """Markdown, one line per sampler and number of steps."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
     lines = [f"| sampler, evaluations | {' | '.join(f'{kind}: s, error, dB' for kind in kinds)} |",
              f"|{'---|' * (len(kinds) + 1)}"]
-    for how in dict.fromkeys((row["sampler"], row["steps"]) for row in rows):
-        cells = [f"{row['seconds']:.2f}, {row['error']:.4f}, "
-                 + ("-" if np.isnan(row["psnr"]) else f"{row['psnr']:.2f}")
-                 for row in rows if (row["sampler"], row["steps"]) == how]
-        lines.append(f"| {how[0]}, {how[1]} | {' | '.join(cells)} |")
+    for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in rows):
+        cells = [f"{row['seconds']:.2f}, {row['error']:.4f}, " + (f"{row['psnr']:.2f}" if row["psnr"] > 0 else "-")
+                 for row in rows if (row["sampler"], row["steps"]) == (sampler, steps)]
+        lines.append(f"| {sampler}, {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def report(checkpoint: Path, settings) -> None:
+    settings.precision = "fp32"
+    study, prior = open_run(checkpoint, settings)
+    print(table(compare(prior, study, settings.seed)))
+
+
 if __name__ == "__main__":
-    settings = parse_arguments(opt, PRESETS, sys.argv[2:], __doc__.splitlines()[0])
-    study, backbone = open_run(Path(sys.argv[1]), settings)
-    backbone.dtype = torch.float32
-    print(table(compare(backbone, study, settings.seed)))
+    run_report(report, __doc__, "best_model.pth")

@@ -1,117 +1,101 @@
-"""What is the stage-1 model worth by itself, on subjects that it was not trained on?
+"""Quality of the stage-1 model on subjects that it was not trained on.
 
-    python -m benchmarks.stage1_quality checkpoints/best_model.pth [any options of main.py, as the run had them]
+    python -m benchmarks.stage1_quality checkpoints/best_model.pth [options of main.py, as the run had them]
 
-Prints, over the test subjects: translation both ways (single samples and the mean of 8, against the mean training
-volume, and with another subject's source in place of the own one), and joint samples against real volumes.
+Prints, over the test subjects: translation both ways (single samples and the mean of 8, compared with the mean training
+volume and with a translation of another subject's source), and joint samples compared with real volumes.
 """
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import main
-from data.study import Study
-from models.backbone import Backbone
+from benchmarks import run_report
+from data.study import Study, read_study
 from models.diffusion import Purpose
-from opt import PRESETS, opt
-from train import STAGE
-from utils.arguments import parse_arguments
-from utils.checkpoint import read_checkpoint, refuse_another_run
+from models.prior import Prior
+from models.samplers import Sampling
+from training.checkpoint import STAGE_1, read_checkpoint, refuse_another_run
+from training.launch import choose_device, compute_dtype
 from utils.metrics import paired_gain, score
-from utils.optimise import number_type
 
-SAMPLES = 8  # of each subject and direction
+SAMPLES = 8  # per subject and direction, and per batch of joint samples
 JOINT = 24  # joint samples
 
 
-def translations(backbone: Backbone, study: Study, opt, i: int, source: str, target: str, giver: int) -> np.ndarray:
-    """(SAMPLES, X, Y, Z) of subject i's target, given the source of the subject `giver`."""
-    keys = [(opt.seed, Purpose.PICTURES, i, k) for k in range(SAMPLES)]
-    given = {source: study.volumes([giver])[source].expand(SAMPLES, -1, -1, -1, -1)}
-    made = backbone.sample(keys, study.sizes, opt.sampling_steps, opt.sampler, opt.eta, given)[target]
-    return made[:, 0].cpu().numpy()
+def open_run(checkpoint: Path, settings) -> tuple[Study, Prior]:
+    """A stage-1 model and the study that it was trained on. Raises UserError where the study or its split differs."""
+    settings.validate()
+    study, device, state = read_study(settings), choose_device(settings.device), read_checkpoint(checkpoint, (STAGE_1,))
+    refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
+    return study, Prior.from_checkpoint(state, device, compute_dtype(settings.precision, device))
 
 
-def translation_scores(backbone: Backbone, study: Study, opt, members: list[int], swapped: bool) -> list[dict]:
-    """One row per subject and direction; inside and outside: mean absolute error of the mean of samples."""
+def sampling_of(settings) -> Sampling:
+    return Sampling(settings.sampler, settings.sampling_steps, settings.eta)
+
+
+def translation_scores(prior: Prior, study: Study, settings, members: list[int]) -> list[dict]:
+    """One row per subject and direction; swapped: given the source of the next of these subjects."""
+    def translate(i: int, source: str, target: str, giver: int) -> np.ndarray:
+        keys = [(settings.seed, Purpose.PICTURES, i, k) for k in range(SAMPLES)]
+        given = {source: study.volumes([giver])[source].expand(SAMPLES, -1, -1, -1, -1)}
+        return prior.sample(keys, sampling_of(settings), given)[target][:, 0].cpu().numpy()  # (SAMPLES, X, Y, Z)
+
     rows, means = [], study.mean_volumes()
-    for place, i in enumerate(members):
-        real, masks = study.volumes([i]), study.masks([i])
-        for source, target in backbone.network.directions:
-            truth, inside = real[target][0, 0].numpy(), masks[target][0, 0].numpy() > 0
-            made = translations(backbone, study, opt, i, source, target, i)
-            single = [score(each, truth, {})["volume"] for each in made]
-            mean = score(made.mean(0), truth, {"inside": inside, "outside": ~inside})
-            row = {"subject": study.pairs[i].name, "direction": f"{source}->{target}",
-                   "psnr_single": np.mean([each["psnr"] for each in single]),
-                   "ssim_single": np.mean([each["ssim"] for each in single]),
-                   "psnr_of_8": mean["volume"]["psnr"], "ssim_of_8": mean["volume"]["ssim"],
-                   "mean_volume": score(means[target][0, 0].numpy(), truth, {})["volume"]["psnr"],
-                   "inside": mean.get("inside", {}).get("mae", float("nan")), "outside": mean["outside"]["mae"]}
-            if swapped:
-                other = translations(backbone, study, opt, i, source, target, members[(place + 1) % len(members)])
-                row["psnr_swapped"] = score(other.mean(0), truth, {})["volume"]["psnr"]
-            rows.append(row)
+    for i, other in zip(members, [*members[1:], members[0]]):
+        real = study.volumes([i])
+        for source, target in prior.network.directions:
+            truth, samples = real[target][0, 0].numpy(), translate(i, source, target, giver=i)
+            single = [score(sample, truth, {})["volume"] for sample in samples]
+            mean = score(samples.mean(axis=0), truth, {})["volume"]
+            swapped = score(translate(i, source, target, giver=other).mean(axis=0), truth, {})["volume"]
+            rows.append({"subject": study.pairs[i].name, "direction": f"{source}->{target}",
+                         "psnr_single": np.mean([scores["psnr"] for scores in single]),
+                         "ssim_single": np.mean([scores["ssim"] for scores in single]),
+                         "psnr_mean": mean["psnr"], "ssim_mean": mean["ssim"], "psnr_swapped": swapped["psnr"],
+                         "psnr_mean_volume": score(means[target][0, 0].numpy(), truth, {})["volume"]["psnr"]})
     return rows
 
 
-def joint_scores(backbone: Backbone, study: Study, opt, count: int) -> dict[str, dict[str, float]]:
-    """modality -> how `count` joint samples compare to the real volumes of all subjects.
+def joint_scores(prior: Prior, study: Study, settings, count: int) -> dict[str, dict[str, float]]:
+    """modality -> how `count` joint samples compare with the real volumes of all subjects.
 
-    mean_shift: of all voxels; std_ratio: of all voxels; spread_ratio: variance between samples over that between
-    subjects, mean over voxels; nearest, nearest_real: mean RMSE of a sample, and of a subject that was not trained on,
-    to the training volume that is nearest to it.
+    mean_shift, std_ratio: over all voxels; spread_ratio: variance between samples over variance between subjects, mean
+    over voxels; nearest, nearest_real: mean RMSE of samples, and of held-out subjects, to the nearest training volume.
     """
-    made = {name: [] for name in study.modalities}
-    for start in range(0, count, 8):
-        keys = [(opt.seed, Purpose.PICTURES, 10**6 + k) for k in range(start, min(start + 8, count))]
-        for name, each in backbone.sample(keys, study.sizes, opt.sampling_steps, opt.sampler, opt.eta).items():
-            made[name].append(each.cpu())
-    scores = {}
-    for name in study.modalities:
-        samples, real = torch.cat(made[name]), study.volumes(list(range(len(study.pairs))))[name]
-        train, others = real[study.roles["train"]], real[study.roles["validation"] + study.roles["test"]]
-
-        def nearest(volumes: torch.Tensor, train: torch.Tensor = train) -> float:
-            voxels = volumes[0].numel()
-            return float(torch.cdist(volumes.flatten(1), train.flatten(1)).min(1).values.mean() / voxels**0.5)
-
-        scores[name] = {"mean_shift": float(samples.mean() - real.mean()),
-                        "std_ratio": float(samples.std() / real.std()),
-                        "spread_ratio": float(samples.var(0).mean() / real.var(0).mean()),
-                        "nearest": nearest(samples), "nearest_real": nearest(others)}
+    keys = [(settings.seed, Purpose.PICTURES, 10**6 + k) for k in range(count)]
+    batches = [prior.sample(keys[start:start + SAMPLES], sampling_of(settings)) for start in range(0, count, SAMPLES)]
+    scores, everyone, roles = {}, study.volumes(list(range(len(study.pairs)))), study.roles
+    for modality in study.modalities:
+        samples = torch.cat([batch[modality].cpu() for batch in batches])[:, 0].numpy()
+        real = everyone[modality][:, 0].numpy()
+        train, held_out = real[roles["train"]], real[roles["validation"] + roles["test"]]
+        nearest, nearest_real = (np.mean([np.sqrt(np.square(train - volume).mean(axis=(1, 2, 3))).min()
+                                          for volume in volumes]) for volumes in (samples, held_out))
+        scores[modality] = {"mean_shift": samples.mean() - real.mean(), "std_ratio": samples.std() / real.std(),
+                            "spread_ratio": samples.var(axis=0).mean() / real.var(axis=0).mean(),
+                            "nearest": nearest, "nearest_real": nearest_real}
     return scores
 
 
-def open_run(checkpoint: Path, settings) -> tuple[Study, Backbone]:
-    """A stage-1 model and the study that it was trained on; refuses another study or split."""
-    settings.validate()
-    study, device = main.read_study(settings), main.choose_device(settings.device)
-    state = read_checkpoint(checkpoint, (STAGE,))
-    refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
-    return study, Backbone.from_checkpoint(state, device, number_type(settings.precision, device))
-
-
 def report(checkpoint: Path, settings) -> None:
-    study, backbone = open_run(checkpoint, settings)
-    rows = translation_scores(backbone, study, settings, study.roles["test"], swapped=True)
+    study, prior = open_run(checkpoint, settings)
+    rows = translation_scores(prior, study, settings, study.roles["test"])
     for direction in dict.fromkeys(row["direction"] for row in rows):
-        mine = [row for row in rows if row["direction"] == direction]
-        mean = {key: np.array([row[key] for row in mine]) for key in set(mine[0]) - {"subject", "direction"}}
-        single, of_8 = (f"{mean[f'psnr_{kind}'].mean():.2f} dB / {mean[f'ssim_{kind}'].mean():.3f}"
-                        for kind in ("single", "of_8"))
-        print(f"{direction}: one sample {single}, mean of {SAMPLES} {of_8} ({len(mine)} subjects)")
-        for label, key in (("the mean training volume", "mean_volume"), ("another subject's source", "psnr_swapped")):
-            gain, low, high = paired_gain(mean["psnr_of_8"], mean[key])
+        scores = [row for row in rows if row["direction"] == direction]
+        values = {key: np.array([row[key] for row in scores]) for key in scores[0] if key.startswith(("psnr", "ssim"))}
+        single, mean = (f"{values[f'psnr_{kind}'].mean():.2f} dB / {values[f'ssim_{kind}'].mean():.3f}"
+                        for kind in ("single", "mean"))
+        print(f"{direction}: one sample {single}, mean of {SAMPLES} {mean} ({len(scores)} subjects)")
+        for label, key in (("the mean training volume", "psnr_mean_volume"),
+                           ("another subject's source", "psnr_swapped")):
+            gain, low, high = paired_gain(values["psnr_mean"], values[key])
             print(f"    over {label}: {gain:+.2f} dB ({low:+.2f} .. {high:+.2f})")
-    for name, values in joint_scores(backbone, study, settings, JOINT).items():
-        print(f"joint {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    for modality, scores in joint_scores(prior, study, settings, JOINT).items():
+        print(f"joint {modality}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()))
 
 
 if __name__ == "__main__":
-    report(Path(sys.argv[1]), parse_arguments(opt, PRESETS, sys.argv[2:], __doc__.splitlines()[0]))
+    run_report(report, __doc__, "best_model.pth")

@@ -1,233 +1,169 @@
-"""What a training step costs: time, arithmetic, how much of it are the network's own convolutions, and memory.
+"""What a training step costs: time, arithmetic, loading of data, and memory, on the CPU or a GPU.
 
     python -m benchmarks.step
-    python -m benchmarks.step --configs paper --sizes 32x32x16/48x48x32 --stages 1 --json
-    python -m benchmarks.step --configs small --sizes own --precision bf16       [any options of main.py]
+    python -m benchmarks.step --presets paper --sizes own 32x32x18/48x48x30 --stages 1 --json
+    OMP_NUM_THREADS=1 python -m benchmarks.step --presets small --ranks 1 2 --batch_size 8     [any options of main.py]
 
-Every case is a process of its own, on random volumes: a step to warm up, then steps of the real trainer, and after each
-the convolutions that it made, alone: same shapes, layout and precision, forward and backward. `exponent` is the slope
-of log time over log voxels between the sizes of a configuration. With --json: one list on standard output.
+Each case trains a stage on random volumes with the program's own loop, in a process of its own: some steps to warm up,
+then the timed ones, then the same steps again to count their operations. Stage 2 refines the mean volume from random
+weights, which is as much work as with coarse volumes. With several ranks, batch_size pairs are shared by all of them,
+and the peak is that of the main rank. With --json: one list on standard output.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
+import csv
+import itertools
 import json
-import multiprocessing
 import resource
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
-import train_refine
-from main import choose_device
-from models import layers
-from models.backbone import Backbone
-from models.diffusion import Diffusion
-from models.unet import DualModalUNet
-from opt import PRESETS
-from refinement import Refinement
+from data.study import Study, read_study
+from opt import PRESETS, opt
+from train import Stage1
+from train_refine import Stage2
+from training.checkpoint import STAGE_1
+from training.distributed import all_reduce_sum, process_group, world_size
+from training.launch import choose_device
+from training.loop import Stage, fit
 from utils.arguments import parse_arguments
-from utils.distributed import keep_freed_memory, parallel
-from utils.ema import EMA
-from utils.optimise import Optimiser, number_type
+from utils.stop import Interrupted
 
-OWN = "own"  # the sizes of the configuration itself
-SIZES = ["32x32x18/48x48x30", "48x48x27/72x72x45", "64x64x36/96x96x60"]
-PEAK = 2**20 if sys.platform == "linux" else 2**30  # ru_maxrss counts KiB on Linux, bytes on macOS
-
-
-class RandomStudy:
-    """Random volumes in the place of a data/study.py Study."""
-
-    def __init__(self, sizes: dict[str, tuple[int, ...]], pairs: int):
-        generator = torch.Generator().manual_seed(0)
-        self.sizes, self.modalities, self.fingerprint, self.extent = sizes, tuple(sizes), "", torch.full((3,), 200.0)
-        self.everything = {name: 2 * torch.rand(pairs, 1, *size, generator=generator) - 1
-                           for name, size in sizes.items()}
-        self.pairs = [argparse.Namespace(name=f"sub-{i + 1}") for i in range(pairs)]
-
-    def volumes(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        return {name: volumes[positions] for name, volumes in self.everything.items()}
-
-    def masks(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros_like(volume) for name, volume in self.volumes(positions).items()}
-
-    def mean_volumes(self) -> dict[str, torch.Tensor]:
-        return {name: volumes.mean(dim=0, keepdim=True) for name, volumes in self.everything.items()}
+OWN = "own"  # the sizes of the preset
+SIZES = [OWN, "32x32x18/48x48x30", "48x48x27/72x72x45"]
+RSS_PER_GIB = 2**20 if sys.platform == "linux" else 2**30  # ru_maxrss counts KiB on Linux, bytes on macOS
+NOTHING_BUT_STEPS = ["--folds=1", "--space=native", "--resize=none", "--no-tensorboard", "--no-refine", "--epochs=1000",
+                     "--refine_epochs=1000", "--validate_every=1000000", "--checkpoint_every=1000000", "--max_steps=0"]
 
 
-def trainer(settings, stage: int, device: torch.device):
-    """(one step of a trainer as a function of its number, the network it trains) on random volumes."""
-    study = RandomStudy(settings.image_sizes(), settings.batch_size + 1)  # so that none is the mean volume
-    batch, dtype = list(range(settings.batch_size)), number_type(settings.precision, device)
-    network = DualModalUNet(study.sizes, **settings.network_arguments()).to(device)
-    diffusion = Diffusion(settings.timesteps, settings.prediction)
-    backbone = Backbone(parallel(network, device) if stage == 1 else network, diffusion, settings.timestep_coupling,
-                        device, dtype)
-    if stage == 2:
-        settings.coarse, settings.warm_start = "none", False  # as much work as with coarse volumes, none to sample
-        network = train_refine.new_network(settings, study, backbone)
-        work = Refinement(settings, study, backbone, "")
-    network.recompute(settings.gradient_checkpointing)
-    kind = settings.refine_optimiser if stage == 2 else settings.optimiser
-    optimiser = Optimiser(network, 1e-4, 1, 1000, settings.gradient_clip, kind)
-    ema = EMA(network, settings.ema_decay)
-    if stage == 2:
-        trained = parallel(network, device)
-        return lambda step: train_refine.train_step(trained, ema, optimiser, work, batch, step), network
-    return lambda step: train.train_step(backbone, ema, optimiser, settings, study, batch, step), network
+def write_random_study(folder: Path, sizes: dict[str, tuple[int, ...]], pairs: int) -> Path:
+    """Write pairs of uniform noise and their table."""
+    random = np.random.default_rng(0)
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["subject", *sizes])
+        for i in range(pairs):
+            table.writerow([f"sub-{i}", *(f"{i}_{modality}.nii" for modality in sizes)])
+            for modality, size in sizes.items():
+                nib.save(nib.Nifti1Image(random.random(size, np.float32), np.eye(4)), folder / f"{i}_{modality}.nii")
+    return folder / "pairs.csv"
 
 
-class Recorded:
-    """The convolutions that a network makes: those of one step after another."""
-
-    def __init__(self, network: nn.Module):
-        self.calls: list[tuple] = []
-        for layer in network.modules():
-            if isinstance(layer, nn.Conv3d):
-                layer.register_forward_hook(self._saw)
-
-    def _saw(self, layer: nn.Conv3d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        if torch.is_grad_enabled():
-            x = inputs[0]
-            channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-            self.calls.append((layer, tuple(x.shape), x.dtype, channels_last, x.requires_grad))
-
-    def seconds(self, dtype: torch.dtype) -> float:
-        """Time of all recorded convolutions alone, forward and backward; equal ones are timed once. Forgets them."""
-        total, known = 0.0, {}
-        for layer, *how in self.calls:
-            key = (*layer.weight.shape, *layer.stride, *how)
-            if key not in known:
-                known[key] = convolution_seconds(layer, dtype, *how)
-            total += known[key]
-        self.calls.clear()
-        return total
+def new_stage(number: int, settings, study: Study, device: torch.device) -> Stage:
+    stage = Stage1(settings, study, device)
+    if number == 2:
+        state = {**stage.metadata, "stage": STAGE_1, "step": 0, "ema": {"model": stage.network.state_dict()}}
+        settings.coarse, settings.warm_start = "none", False  # nothing to sample first
+        stage = Stage2(settings, study, device, state)
+    stage.save_every = 10**9
+    return stage
 
 
-def convolution_seconds(layer: nn.Conv3d, precision: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype,
-                        channels_last: bool, needs_gradient: bool) -> float:
-    """Seconds of one convolution, forward and backward: the mean of two after one to warm up."""
-    device, wanted = layer.weight.device, list(layer.parameters())
-    x = torch.randn(shape, device=device).to(dtype)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-    if needs_gradient:
-        wanted.append(x.requires_grad_())
-    for attempt in range(3):
-        if attempt == 1:
-            synchronise(device)
-            start = time.perf_counter()
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            y = layer.forward(x)  # past the hook that records
-        torch.autograd.grad(y, wanted, torch.ones_like(y))
-    synchronise(device)
-    return (time.perf_counter() - start) / 2
+def train_steps(stage: Stage, warmup: int, steps: int, counter: FlopCounterMode | None = None) -> np.ndarray:
+    """Train with `fit`; returns, per step after the warm-up, seconds, seconds of loading and operations: (steps, 3)."""
+    marks, loading, micro_batches, load = [], 0.0, stage.micro_batches, stage.load
 
+    def marked_micro_batches(batch: list[int], step: int) -> list:  # `fit` calls this where a step begins
+        if stage.device.type == "cuda":
+            torch.cuda.synchronize(stage.device)
+        marks.append((time.perf_counter(), loading, counter.get_total_flops() if counter else 0))
+        if step == warmup + steps:
+            raise Interrupted
+        return micro_batches(batch, step)
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def use_defaults_of_pytorch() -> None:
-    """Undo what makes the networks fast, for --plain: the same arithmetic in the default memory format."""
-    layers.layout = lambda size: torch.contiguous_format
-    layers.Conv3d.forward = nn.Conv3d.forward
-
-
-def measure(settings, config: str, stage: int, steps: int, plain: bool) -> dict:
-    """One row of the table."""
-    if plain:
-        use_defaults_of_pytorch()
-    else:
-        keep_freed_memory()
-    torch.manual_seed(0)
-    device = choose_device(settings.device)
-    step, network = trainer(settings, stage, device)
-    convolutions, seconds, alone = Recorded(network), [], []
-    dtype = number_type(settings.precision, device)
-    step(0)
-    convolutions.calls.clear()
-    for number in range(steps):
-        synchronise(device)
+    def timed_load(*arguments: object) -> tuple:
+        nonlocal loading
         start = time.perf_counter()
-        step(number)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-        alone.append(convolutions.seconds(dtype))  # anew after every step, so that both see the same machine
-    peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / PEAK)
-    with FlopCounterMode(display=False) as counter:  # last, because it keeps tensors alive
-        for number in range(steps):  # the same steps: with timesteps of their own, they differ in work
-            step(number)
-    sizes = settings.image_sizes()
-    return {"config": config, "stage": stage, "sizes": "/".join("x".join(map(str, size)) for size in sizes.values()),
-            "batch_size": settings.batch_size, "precision": str(dtype).removeprefix("torch."),
-            "voxels": sum(int(np.prod(size)) for size in sizes.values()),
-            "seconds_per_step": sum(seconds) / steps, "seconds_of_steps": seconds,
-            "tflop": counter.get_total_flops() / steps / 1e12, "conv_seconds": sum(alone) / steps,
-            "fraction_of_conv": sum(alone) / sum(seconds), "peak_gib": peak}
+        data = load(*arguments)
+        loading += time.perf_counter() - start
+        return data
+
+    stage.micro_batches, stage.load = marked_micro_batches, timed_load
+    with contextlib.suppress(Interrupted), counter or contextlib.nullcontext():
+        fit(stage)
+    stage.micro_batches, stage.load = micro_batches, load
+    return np.diff(marks, axis=0)[warmup:]
 
 
-def case(arguments: tuple) -> dict:
-    """`measure` in a process of its own, whose peak memory is that of the case."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, arguments)
+def measure(number: int, warmup: int, steps: int, settings) -> None:
+    """Print one row of the table as JSON, measured in this process and the other ranks."""
+    device = choose_device(settings.device)
+    with process_group(device):
+        study = read_study(settings)
+        stage = new_stage(number, settings, study, device)
+        study.roles["train"] *= warmup + steps + 2  # an epoch that does not end: no checkpoint between two steps
+        seconds, loading, _ = train_steps(stage, warmup, steps).T
+        peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_GIB)
+        operations = train_steps(stage, warmup, steps, FlopCounterMode(display=False))[:, 2]  # last: it keeps tensors
+        tflop = all_reduce_sum(operations.mean() / 1e12)[0]
+        print(json.dumps({  # only the main rank's output is shown
+            "stage": number, "sizes": "/".join("x".join(map(str, size)) for size in study.sizes.values()),
+            "batch_size": settings.batch_size, "ranks": world_size(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "precision": str(stage.dtype).removeprefix("torch."),
+            "million_parameters": sum(p.numel() for p in stage.network.parameters()) / 1e6,
+            "seconds_per_step": seconds.mean(), "seconds": seconds.tolist(),
+            "pairs_per_second": settings.batch_size / seconds.mean(), "loading": loading.sum() / seconds.sum(),
+            "tflop": tflop, "tflop_per_second": tflop / seconds.mean(), "peak_gib": peak}))
 
 
-def add_exponents(rows: list[dict]) -> None:
-    """To every row the slope of log seconds over log voxels of its configuration and stage, or None for one size."""
-    for row in rows:
-        alike = [each for each in rows if (each["family"], each["stage"]) == (row["family"], row["stage"])]
-        voxels, seconds = (np.log([each[key] for each in alike]) for key in ("voxels", "seconds_per_step"))
-        several = np.ptp(voxels) > 0
-        row["exponent"] = float(np.polyfit(voxels, seconds, 1)[0]) if several else None
+def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ranks: int = 1) -> dict:
+    """`measure` in a new process, or one per rank."""
+    settings = parse_arguments(opt, PRESETS, options, "")
+    settings.validate()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        table = write_random_study(Path(folder), settings.image_sizes(), settings.batch_size + 1)
+        folders = [f"--{name}_dir={folder}/{name}" for name in ("cache", "checkpoint", "result")]
+        case = ["--case", *map(str, (stage, warmup, steps)), *options, *NOTHING_BUT_STEPS, f"--data_root={table}"]
+        done = subprocess.run([sys.executable, *launcher, "-m", "benchmarks.step", *case, *folders],
+                              capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = ["| configuration | stage | sizes | batch | precision | s per step | TFLOP | own convolutions alone | "
-             "peak GiB | exponent |", f"|{'---|' * 10}"]
-    for row in rows:
-        exponent = "" if row["exponent"] is None else f"{row['exponent']:.2f}"
-        lines.append(f"| {row['config']} | {row['stage']} | {row['sizes']} | {row['batch_size']} | {row['precision']} "
-                     f"| {row['seconds_per_step']:.3g} | {row['tflop']:.3g} | {row['fraction_of_conv']:.0%} "
-                     f"| {row['peak_gib']:.1f} | {exponent} |")
+    lines = ["| preset | stage | sizes | batch | ranks | precision | s per step | pairs per s | loading | TFLOP | "
+             "TFLOP/s | peak GiB |", f"|{'---|' * 12}"]
+    lines += ["| {preset} | {stage} | {sizes} | {batch_size} | {ranks} | {precision} | {seconds_per_step:.3g} | "
+              "{pairs_per_second:.3g} | {loading:.1%} | {tflop:.3g} | {tflop_per_second:.3g} | {peak_gib:.1f} |"
+              .format(**row) for row in rows]
     return "\n".join(lines)
 
 
-def run() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--configs", nargs="+", choices=list(PRESETS), default=list(PRESETS))
-    parser.add_argument("--sizes", nargs="+", default=[*SIZES], help=f"{OWN}, or one as 32x32x18/48x48x30")
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS))
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help=f"{OWN}, or one per modality: 32x32x18/48x48x30")
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2), default=[1, 2])
-    parser.add_argument("--steps", type=int, default=2, help="timed steps; ten times as many of small()")
-    parser.add_argument("--plain", action="store_true", help="in PyTorch's default memory format, to compare with")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1], help="numbers of ranks to compare")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--json", action="store_true")
-    own, rest = parser.parse_known_args()
-    rows = []
-    for config in own.configs:
-        for size in own.sizes:
-            preset = PRESETS[config]()
-            settings = parse_arguments(preset, PRESETS, rest, "settings of the trainer")
-            if size != OWN:
-                settings.image_size = tuple(tuple(map(int, each.split("x"))) for each in size.split("/"))
-            settings.validate()
-            for stage in own.stages:
-                steps = own.steps * (10 if config == "small" else 1)
-                name = config if settings.image_sizes() == preset.image_sizes() else f"{config} at another size"
-                print(f"{config}, stage {stage}, {size} ...", file=sys.stderr, flush=True)
-                rows.append({**case((settings, name, stage, steps, own.plain)), "family": config})
-    add_exponents(rows)
+    own, options = parser.parse_known_args()
+    modalities, rows = parse_arguments(opt, PRESETS, options, "").modalities, []
+    for preset, size, stage, ranks in itertools.product(own.presets, own.sizes, own.stages, own.ranks):
+        print(f"{preset}, {size}, stage {stage}, ranks: {ranks} ...", file=sys.stderr, flush=True)
+        sizes = [] if size == OWN else ["--image_size", *map("=".join, zip(modalities, size.split("/"), strict=True))]
+        row = run_case(["--preset", preset, *sizes, *options], stage, own.warmup, own.steps, ranks)
+        rows.append({"preset": preset, **row})
     print(json.dumps(rows, indent=1) if own.json else table(rows))
 
 
 if __name__ == "__main__":
-    run()
+    if sys.argv[1:2] == ["--case"]:
+        measure(*map(int, sys.argv[2:5]), parse_arguments(opt, PRESETS, sys.argv[5:], ""))
+    else:
+        main()

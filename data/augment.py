@@ -1,6 +1,4 @@
-"""Augmentation that keeps a pair a pair: both modalities, their masks and what was made from them move together."""
-
-from __future__ import annotations
+"""Load batches of a study; augment both modalities of a pair and their masks alike."""
 
 import math
 from collections.abc import Collection
@@ -9,59 +7,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ANGLE, SCALE, SHIFT = 5.0, 0.05, 3.0  # largest rotation about each axis (degrees), growth, and shift (mm)
-GAMMA = 0.25  # largest |log| of the exponent that bends the intensities
+from data.study import Study
+from models.diffusion import Purpose, keyed_generator
+
+MAX_ANGLE, MAX_SCALE, MAX_SHIFT = 5.0, 0.05, 3.0  # rotation about each axis (degrees), change of size, and shift (mm)
+MAX_LOG_GAMMA = 0.25  # natural logarithm of the exponent of the intensities
 
 
 class PairTransform:
-    """What happens to the pairs of one batch; one generator per pair decides, so it depends on their keys alone.
+    """A random transform for each pair of a batch, which depends on the generator of the pair alone.
 
-    kinds: any of "flip" left and right, "affine" (rotation, size and shift), "intensity" (a bent scale of grey,
-    one per modality). extent: (3,) mm, the field of view that both modalities share. Volumes are (B, 1, X, Y, Z).
+    kinds: as in opt.augment; extent: (3,) mm, the field of view of both modalities. Volumes are (B, 1, X, Y, Z).
     """
 
     def __init__(self, kinds: Collection[str], modalities: tuple[str, ...], extent: Tensor,
                  generators: list[torch.Generator]):
-        self.affine = "affine" in kinds
-        flips, matrices, bends = [], [], []
-        for generator in generators:
-            draw = torch.rand(8 + len(modalities), generator=generator) * 2 - 1  # the same number whatever the kinds
-            flips.append(bool(draw[0] > 0) and "flip" in kinds)
-            matrices.append(_matrix(draw[1:4] * math.radians(ANGLE), draw[4] * SCALE, draw[5:8] * SHIFT, extent))
-            bends.append(draw[8:] * GAMMA * ("intensity" in kinds))
-        self.flips, self.matrices = torch.tensor(flips), torch.stack(matrices)
-        self.exponents = dict(zip(modalities, torch.stack(bends).exp().unbind(1)))
+        # the same draws whatever the kinds: (B, 8 + modalities) in [-1, 1]
+        draws = torch.stack([torch.rand(8 + len(modalities), generator=generator) * 2 - 1 for generator in generators])
+        self.flips = (draws[:, 0] > 0) & ("flip" in kinds)
+        self.matrices = torch.stack([_affine_matrix(draw, extent) for draw in draws]) if "affine" in kinds else None
+        gammas = (draws[:, 8:] * MAX_LOG_GAMMA * ("intensity" in kinds)).exp()
+        self.gammas = dict(zip(modalities, gammas.unbind(1)))
 
-    def volume(self, name: str, volume: Tensor) -> Tensor:
-        """A volume of the modality `name`, in [-1, 1]: moved, and its intensities bent; -1 and 1 stay."""
-        moved, exponent = self._moved(volume, "bilinear"), self.exponents[name].to(volume)
-        if (exponent == 1).all():
+    def volume(self, modality: str, volume: Tensor) -> Tensor:
+        """Transform volumes in [-1, 1]; gamma keeps -1 and 1."""
+        moved, gamma = self._move(volume, "bilinear"), self.gammas[modality].to(volume)
+        if (gamma == 1).all():
             return moved
-        return ((moved + 1) / 2).clamp(0, 1) ** exponent.view(-1, 1, 1, 1, 1) * 2 - 1
+        return ((moved + 1) / 2).clamp(0, 1) ** gamma.view(-1, 1, 1, 1, 1) * 2 - 1
 
     def mask(self, mask: Tensor) -> Tensor:
-        """A mask, 0 or 1: moved only."""
-        return self._moved(mask, "nearest")
+        """Move masks of 0 and 1."""
+        return self._move(mask, "nearest")
 
-    def _moved(self, volume: Tensor, mode: str) -> Tensor:
-        if self.affine:
+    def _move(self, volume: Tensor, mode: str) -> Tensor:
+        if self.matrices is not None:
             grid = F.affine_grid(self.matrices.to(volume), volume.shape, align_corners=False)
             volume = F.grid_sample(volume, grid, mode, padding_mode="border", align_corners=False)
         return torch.where(self.flips.to(volume.device).view(-1, 1, 1, 1, 1), volume.flip(2), volume)
 
 
-def _matrix(angles: Tensor, growth: Tensor, shift: Tensor, extent: Tensor) -> Tensor:
-    """(3, 4) for affine_grid: angles (3,) rad, shift (3,) mm, about the centre of a field of view of `extent` mm.
-
-    affine_grid counts in half fields of view, and names the last axis first.
-    """
-    turn = torch.eye(3)
-    for axis, angle in enumerate(angles):
-        a, b = (i for i in range(3) if i != axis)
-        one = torch.eye(3)
-        one[a, a] = one[b, b] = angle.cos()
-        one[a, b], one[b, a] = -angle.sin(), angle.sin()
-        turn = one @ turn
+def _affine_matrix(draw: Tensor, extent: Tensor) -> Tensor:
+    """Rotation, size and shift about the centre of the field of view, (3, 4) for affine_grid; draw: in [-1, 1]."""
+    rotation, angles = torch.eye(3), draw[1:4] * math.radians(MAX_ANGLE)
+    for a, b, angle in zip((1, 0, 0), (2, 2, 1), angles):  # the plane of each rotation
+        step = torch.eye(3)
+        step[a, a] = step[b, b] = angle.cos()
+        step[a, b], step[b, a] = -angle.sin(), angle.sin()
+        rotation = step @ rotation
     half = extent.to(torch.float32) / 2
-    return torch.cat([turn * (1 + growth) * half / half[:, None], (shift / half)[:, None]], dim=1)[
-        [2, 1, 0]][:, [2, 1, 0, 3]]
+    linear, shift = rotation * (1 + draw[4] * MAX_SCALE) * half / half[:, None], draw[5:8] * MAX_SHIFT / half
+    # affine_grid measures in half fields of view and expects the last axis first
+    return torch.cat([linear, shift[:, None]], dim=1)[[2, 1, 0]][:, [2, 1, 0, 3]]
+
+
+def augmentation(opt, study: Study, step: int, places: list[int]) -> PairTransform | None:
+    """The transform of opt.augment for these places in the batch of a step, keyed by (seed, step, place); or None."""
+    if not opt.augment:
+        return None
+    return PairTransform(opt.augment, study.modalities, study.extent,
+                         [keyed_generator(opt.seed, Purpose.AUGMENT, step, place) for place in places])
+
+
+def load_batch(study: Study, batch: list[int], transform: PairTransform | None,
+               device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Volumes and pattern masks of these pairs, {modality: (B, 1, X, Y, Z)}, transformed, on the device."""
+    volumes, masks = study.volumes(batch), study.masks(batch)
+    if transform:
+        volumes = {modality: transform.volume(modality, volume) for modality, volume in volumes.items()}
+        masks = {modality: transform.mask(mask) for modality, mask in masks.items()}
+    return ({modality: to_device(volume, device) for modality, volume in volumes.items()},
+            {modality: to_device(mask, device) for modality, mask in masks.items()})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting; on the CPU, return the tensor itself."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,9 +1,7 @@
-"""Decoded volumes on disk: every file is read, put on its grid and normalised once.
+"""Cache of decoded volumes: each file is read, resized and normalised once, so that an epoch decodes nothing.
 
-An epoch afterwards decodes nothing and needs no worker processes. The cache can be deleted between two runs.
+The folder can be deleted between two runs.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -20,104 +18,90 @@ from data.problems import Problem, VolumeError
 from data.volumes import Scan, b_values_file, read_volume
 from utils.files import replace_file, write_text
 
-FACTS = {"low", "high", "affine", "repaired", "content"}
-CACHE_FORMAT = 2  # raise it whenever the way from file to volume changes
+CACHE_FORMAT = 2  # raise it whenever the same file and settings give another volume
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the files of one modality become volumes: the settings of opt.py, for this modality."""
+    """How the files of one modality become volumes: the settings of opt.py for this modality."""
 
     modality: str
-    size: tuple[int, int, int] | None  # None only while a study is checked whose image_size is yet to be chosen
+    size: tuple[int, int, int] | None  # None: as in the file, to check a study
     reduce: str = "mean"
     resize: str = "none"
     intensity: str = "percentile"
 
 
 def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, dict]:
-    """One file as it is trained on: (what `load_volume` reads it from, facts: low, high, affine, ...).
+    """Return the cache file of a volume, for `load_volume`, and its metadata; decode the volume if it is not cached.
 
-    Keyed by path, size and times of the file and by all settings, so that what is found is never stale. Files appear
-    whole, so several processes may fill the same folder. Raises VolumeError, FileError.
+    metadata: low, high (intensities in file units that became -1 and 1), affine, repaired (number of voxels), content.
+    The key holds all settings, and path, size and times of the file (and its .bval). Raises VolumeError, UserError.
     """
-    key = hashlib.sha256(repr((CACHE_FORMAT, _state(path), reading, _b_values_state(path, reading))).encode())
-    voxels_file, facts_file = (cache_dir / f"{key.hexdigest()[:32]}.{ending}" for ending in ("npy", "json"))
-    with contextlib.suppress(OSError, ValueError, AttributeError, VolumeError):  # not there, or damaged: made again
-        facts = json.loads(facts_file.read_text())
-        if facts.keys() >= FACTS and content(load_volume(voxels_file)) == facts["content"]:
-            return voxels_file, facts
+    b_values = _file_state(b_values_file(path)) if reading.reduce in ("b0", "shell") else ()
+    key = hashlib.sha256(repr((CACHE_FORMAT, _file_state(path), reading, b_values)).encode())
+    voxels_file, metadata_file = (cache_dir / f"{key.hexdigest()[:32]}.{ending}" for ending in ("npy", "json"))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: decode the volume again
+        metadata = json.loads(metadata_file.read_text())
+        if content(load_volume(voxels_file)) == metadata["content"]:
+            return voxels_file, metadata
     scan = read_volume(path, reading.reduce)
     volume, low, high, affine = to_grid(scan, path, reading)
-    facts = {"low": low, "high": high, "affine": affine.tolist(), "repaired": scan.repaired,
-             "content": content(volume)}
+    metadata = {"low": low, "high": high, "affine": affine.tolist(), "repaired": scan.repaired,
+                "content": content(volume)}
     save_volume(voxels_file, volume)
-    write_text(facts_file, json.dumps(facts))
-    return voxels_file, facts
+    write_text(metadata_file, json.dumps(metadata))
+    return voxels_file, metadata
+
+
+def _file_state(path: Path) -> tuple:
+    """What changes whenever a file is replaced; () if it cannot be accessed."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return ()
 
 
 def save_volume(path: Path, volume: np.ndarray) -> None:
-    """Write what `load_volume` reads. Raises FileError."""
-    replace_file(path, lambda file: np.save(file, volume), volume.nbytes)
+    """Write a volume for `load_volume`. Raises UserError."""
+    replace_file(path, lambda file: np.save(file, volume))
 
 
 def load_volume(path: Path) -> np.ndarray:
-    """A volume (X, Y, Z) of the cache. Raises VolumeError where it has become unreadable.
-
-    It is read, not mapped into memory: where a map's file shrinks or its disk fails, the process just dies.
-    """
+    """Read a volume (X, Y, Z) of the cache. Raises VolumeError, and removes the file, if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # not memory-mapped: a disk error would kill the process (SIGBUS)
             return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise VolumeError(path, f"has become unreadable ({error})", "the same command makes it again, and continues "
-                          "from the last checkpoint; opt.cache_dir names the folder") from error
-
-
-def _state(path: Path) -> tuple:
-    """What changes whenever a file is replaced."""
-    try:
-        found = path.stat()
-    except OSError:
-        return ()  # reading will say what is wrong with it
-    return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _b_values_state(path: Path, reading: Reading) -> tuple:
-    return _state(b_values_file(path)) if reading.reduce in ("b0", "shell") else ()
+        raise VolumeError(path, f"has become unreadable ({error})", "run the same command to make it again and resume "
+                          "from the last checkpoint") from error
 
 
 def to_grid(scan: Scan, path: Path, reading: Reading) -> tuple[np.ndarray, float, float, np.ndarray]:
-    """(volume of reading.size in [-1, 1], the intensities that became -1 and 1, affine). Raises VolumeError."""
+    """Resize and normalise; returns the volume, the intensities that became -1 and 1, and the affine."""
     volume, affine = scan.voxels, scan.affine
-    if volume.shape != tuple(reading.size):
+    if reading.size and volume.shape != tuple(reading.size):
         if reading.resize == "none":
-            raise wrong_size(path, volume.shape, reading)
+            found, wanted = ("x".join(map(str, size)) for size in (volume.shape, reading.size))
+            raise VolumeError(path, f"has size {found}, but opt.image_size is {wanted} for {reading.modality}",
+                              f'set --image_size {reading.modality}={found}, or opt.resize = "resample" or "pad_crop"')
         volume, affine = RESIZE[reading.resize](volume, affine, reading.size)
     return *normalise(volume, path, reading.intensity), affine
 
 
-def wrong_size(path: Path, found: tuple[int, int, int], reading: Reading) -> VolumeError:
-    """The refusal of a volume of another size."""
-    found, wanted = ("x".join(map(str, shape)) for shape in (found, reading.size))
-    return VolumeError(path, f"has size {found}, but opt.image_size asks {wanted} of {reading.modality}",
-                       f"set opt.image_size (on the command line --image_size {reading.modality}={found}, and the "
-                       'other modality likewise) or opt.resize = "resample" or "pad_crop"')
-
-
 def content(volume: np.ndarray) -> str:
-    """Hash of a volume's voxels: the same for two copies of one scan, whatever their files are called."""
-    return hashlib.sha256(np.ascontiguousarray(volume).tobytes()).hexdigest()
+    """Hash of a volume's voxels: equal for two copies of one scan."""
+    return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
 
 
 def identical_scans(scans: Iterable[tuple[str, Path, str]]) -> list[Problem]:
-    """A problem for every scan that is a copy of an earlier one; scans: (name of the pair, file, content)."""
-    seen, problems = {}, []
+    """A problem for each scan that is a copy of an earlier one; scans: (pair name, file, content)."""
+    earlier, problems = {}, []
     for name, path, hashed in scans:
-        owner, first = seen.setdefault(hashed, (name, path))
+        owner, first = earlier.setdefault(hashed, (name, path))
         if path != first:
             problems.append(Problem(str(path), f"holds the same scan as {first} of {owner}",
-                                    "keep one of the two: a subject must not be trained and tested on", name))
+                                    "keep only one: no subject may be in both the training and the test set", name))
     return problems

@@ -1,6 +1,4 @@
-"""Intensities: which of a volume's become -1 and +1, there and back. Volumes are (X, Y, Z)."""
-
-from __future__ import annotations
+"""Map intensities of volumes (X, Y, Z) between file units and [-1, 1]."""
 
 from pathlib import Path
 
@@ -10,31 +8,28 @@ from skimage.filters import threshold_otsu
 
 from data.problems import VolumeError
 
-PERCENTILES = (0.1, 99.9)  # robust: a few outliers do not decide the contrast of all the rest
-INTENSITY = ("percentile", "minmax", "brain_percentile", "brain_minmax")
+PERCENTILES = (0.1, 99.9)  # robust: a few outliers do not set the contrast of the rest
 
 
 def brain_region(volume: np.ndarray) -> np.ndarray:
-    """Bool (X, Y, Z): the largest connected part above Otsu's threshold, holes filled."""
-    parts, _ = label(volume > threshold_otsu(volume))
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    return binary_fill_holes(parts == sizes.argmax())
+    """Bool (X, Y, Z): the largest connected component above Otsu's threshold, holes filled."""
+    components, _ = label(volume > threshold_otsu(volume))
+    voxels = np.bincount(components.ravel())
+    voxels[0] = 0  # the background
+    return binary_fill_holes(components == voxels.argmax())
 
 
-def normalise(volume: np.ndarray, path: Path, how: str = "percentile") -> tuple[np.ndarray, float, float]:
-    """Map two intensities to -1 and 1 and clip; returns the volume and both intensities.
+def normalise(volume: np.ndarray, path: Path, intensity: str = "percentile") -> tuple[np.ndarray, float, float]:
+    """Map an intensity range linearly to [-1, 1] and clip; returns the volume and the ends of the range.
 
-    how: they are the 0.1 and 99.9 percentiles ("percentile") or the smallest and largest value ("minmax") of all
-    voxels, or of the brain's only ("brain_..."). Raises VolumeError where the volume is constant.
+    intensity: the range is the 0.1 to 99.9 percentiles ("percentile") or minimum to maximum ("minmax") of all voxels,
+    or of those of the brain ("brain_..."). path: for the message. Raises VolumeError if the volume is constant.
     """
     if volume.min() == volume.max():
-        raise VolumeError(path, f"every voxel is {volume.min():g}", "exclude the subject or repair the file")
-    voxels = volume[brain_region(volume)] if how.startswith("brain") else volume
-    low, high = ((float(p) for p in np.percentile(voxels, PERCENTILES)) if how.endswith("percentile")
-                 else (float(voxels.min()), float(voxels.max())))
-    if not high > low:  # nearly all voxels alike: the full range is all there is
-        low, high = float(volume.min()), float(volume.max())
+        raise VolumeError(path, f"every voxel is {volume.min():g}", "repair the file, or list it in opt.exclude")
+    voxels = volume[brain_region(volume)] if intensity.startswith("brain") else volume
+    low, high = np.percentile(voxels, PERCENTILES) if "percentile" in intensity else (voxels.min(), voxels.max())
+    low, high = map(float, (low, high) if high > low else (volume.min(), volume.max()))  # if nearly all are equal
     return scale(volume, low, high), low, high
 
 

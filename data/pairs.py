@@ -1,25 +1,22 @@
-"""Which volumes belong together: the pairs of a study, from a table or a BIDS tree, and what is wrong with them."""
-
-from __future__ import annotations
+"""Find the pairs of a study, in a table or a BIDS tree, and what is wrong with them."""
 
 import csv
+import dataclasses
 import fnmatch
+import io
 import os
 import re
-import stat
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.problems import Problem
+from data.problems import DataError, Problem
 
-BIDS_SUFFIX = {"fmri": "bold", "dmri": "dwi"}  # other modalities are looked for by their own name, e.g. T1w
-OPTIONAL = ("session", "group", "fold")
+BIDS_SUFFIX = {"fmri": "bold", "dmri": "dwi"}  # the suffix of any other modality is its own name, e.g. T1w
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Both scans of one visit of one subject. `files`: modality -> NIfTI file."""
+    """Both scans of one visit of one subject. files: modality -> NIfTI file."""
 
     subject: str
     session: str
@@ -29,222 +26,164 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """sub-01, or sub-01_ses-2: the label in pictures, tables and file names."""
+        """sub-01 or sub-01_ses-2: the label in figures, tables and file names."""
         subject = self.subject if self.subject.startswith("sub-") else f"sub-{self.subject}"
         return subject + (f"_ses-{self.session.removeprefix('ses-')}" if self.session else "")
 
     @property
     def person(self) -> str:
-        """The same for every spelling of one subject: sub-01, 01 and 1 are one person, and so are A07 and a7."""
-        return _spelling(self.subject, "sub")
-
-    @property
-    def visit(self) -> tuple[str, str]:
-        """The same for every spelling of one visit."""
-        return self.person, _spelling(self.session, "ses")
+        """The subject, equal for all spellings: sub-01, 01 and 1 are one person, and so are A07 and a7."""
+        return _canonical(self.subject, "sub")
 
 
-def _spelling(label: str, prefix: str) -> str:
-    """Lower case, without prefix and leading zeros: sub-01, sub01, 01 and 1 are the same."""
+def _canonical(label: str, prefix: str) -> str:
+    """Lower case, without prefix and leading zeros: sub-01, sub01, 01 and 1 become 1."""
     bare = re.sub(rf"^{prefix}(-|[_ ]?(?=\d))", "", label.strip().lower())
     return re.sub(r"0*(\d+)", r"\1", bare, flags=re.ASCII)
 
 
 def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
-               suffixes: dict[str, str] | None = None) -> tuple[list[Pair], list[Problem]]:
-    """The complete pairs among `find_visits`; the rest is told as a problem that is not fatal."""
-    found, problems = find_visits(data_root, modalities, exclude, suffixes, modalities)
-    pairs = [pair for pair in found if len(pair.files) == len(modalities)]
-    problems += [Problem(pair.name, f"left out, it has no {' and no '.join(set(modalities) - set(pair.files))}",
-                         "add the file if there is one, under the same subject and session", pair.name, fatal=False)
-                 for pair in found if pair not in pairs]
+               suffixes: dict[str, str] | None = None, partial: bool = False) -> tuple[list[Pair], list[Problem]]:
+    """Return the pairs of a study, sorted by name, and all problems found.
+
+    data_root, exclude, suffixes: opt.data_root, opt.exclude and opt.bids_suffix.
+    partial: also return visits that lack a modality; otherwise each of them is a problem, which is not fatal.
+    """
+    try:
+        if os.path.isdir(data_root):
+            visits, problems = _from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {}))
+        else:
+            visits, problems = _from_table(data_root, modalities, partial)
+    except DataError as error:
+        return [], list(error.problems)
+    excluded = set()
+    for label in exclude:
+        names = {visit.name for visit in visits if label == visit.name or _canonical(label, "sub") == visit.person}
+        if not names:
+            problems.append(Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it"))
+        excluded |= names
+    visits = sorted((visit for visit in visits if visit.name not in excluded), key=lambda visit: visit.name)
+    pairs = [visit for visit in visits if partial or len(visit.files) == len(modalities)]
+    problems = [problem for problem in problems if problem.subject not in excluded] + _conflicts(pairs)
+    if partial:
+        return pairs, problems
+    for visit in visits:
+        if missing := [modality for modality in modalities if modality not in visit.files]:
+            problems.append(Problem(visit.name, f"left out because it has no {' and no '.join(missing)}", "if there is "
+                                    "such a file, give it the same subject and session", visit.name, fatal=False))
     if not pairs and not any(problem.fatal for problem in problems):
-        problems.append(Problem(f"opt.data_root = {str(data_root)!r}",
-                                f"no subject has both {' and '.join(modalities)}",
-                                "set opt.modalities to the study's column names or BIDS suffixes, and see opt.exclude"))
+        problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
+                                "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))
     return pairs, problems
 
 
-def find_visits(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
-                suffixes: dict[str, str] | None = None,
-                needed: tuple[str, ...] = ()) -> tuple[list[Pair], list[Problem]]:
-    """All visits, sorted by name, with one modality or both, and all that is wrong with them.
-
-    data_root: a CSV/TSV file, or the folder of a BIDS tree. exclude: subjects or names of pairs to leave out.
-    suffixes: modality -> how its file names end in a BIDS tree, before .nii.gz; a pattern may have * in it.
-    needed: modalities that a table must have a column for.
-    """
-    root = f"opt.data_root = {str(data_root)!r}"
-    try:
-        is_folder = stat.S_ISDIR(data_root.stat().st_mode)
-    except OSError as error:
-        return [], [Problem(root, f"there is no such file or folder ({error.strerror})",
-                            "give a CSV or TSV file, or the folder of a BIDS tree")]
-    found, problems = (_from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {})) if is_folder
-                       else _from_table(data_root, modalities, needed))
-    found, problems = _without(found, problems, exclude)
-    found.sort(key=lambda each: each.name)
-    return found, [*problems, *_doubles([pair for pair in found if set(needed) <= set(pair.files)])]
-
-
-def _without(found: list[Pair], problems: list[Problem],
-             exclude: tuple[str, ...]) -> tuple[list[Pair], list[Problem]]:
-    """What is left without what `exclude` names, and without its problems; a name that nothing answers to is one."""
-    out = {label: [pair.name for pair in found if label == pair.name or _spelling(label, "sub") == pair.person]
-           for label in exclude}
-    gone = {name for names in out.values() for name in names}
-    unknown = [Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it")
-               for label, names in out.items() if not names]
-    return ([pair for pair in found if pair.name not in gone],
-            [problem for problem in problems if problem.subject not in gone] + unknown)
-
-
-def _doubles(pairs: list[Pair]) -> list[Problem]:
-    visits, names, files, problems = {}, {}, {}, []
-    for pair in pairs:
-        if not re.fullmatch(r"[\w.+-]{1,100}", pair.name):
-            problems.append(Problem(repr(pair.name), "subject and session may only have letters, digits and . _ + - in "
-                                    "them, 100 at most, because they become file names", "rename it in the manifest",
-                                    pair.name))
-        first, namesake = visits.setdefault(pair.visit, pair), names.setdefault(pair.name, pair)
-        if first is not pair or namesake is not pair:
-            problems.append(Problem(f"{pair.name} and {(first if first is not pair else namesake).name}",
-                                    "are the same visit of the same subject",
-                                    "keep one of them, or give each its session", pair.name))
-        for name, file in pair.files.items():
-            owner, its_name = files.setdefault(os.path.realpath(file), (pair, name))
-            if owner.person != pair.person:
-                problems.append(Problem(str(file), f"belongs to {owner.name} and to {pair.name}",
-                                        "correct one of the two paths", pair.name))
-            elif its_name != name:
-                problems.append(Problem(str(file), f"{pair.name}: one file stands for both modalities",
-                                        "correct one of the two paths", pair.name))
+def _conflicts(visits: list[Pair]) -> list[Problem]:
+    """Names that cannot become file names, visits listed twice, and files used twice."""
+    listed, by_file, problems = {}, {}, []
+    for visit in visits:
+        if not re.fullmatch(r"[\w.+-]{1,100}", visit.name):
+            problems.append(Problem(repr(visit.name), "subject and session become file names: only letters, digits and "
+                                    ". _ + - are allowed, 100 characters at most", "rename the subject", visit.name))
+        keys = (visit.person, _canonical(visit.session, "ses")), visit.name
+        others = [listed.setdefault(key, visit) for key in keys]
+        if other := next((other for other in others if other is not visit), None):
+            problems.append(Problem(f"{visit.name} and {other.name}", "are the same visit of the same subject",
+                                    "keep only one of them, or fill the session column", visit.name))
+        for modality, file in visit.files.items():
+            owner, its_modality = by_file.setdefault(os.path.realpath(file), (visit, modality))
+            if owner.person != visit.person or its_modality != modality:
+                problems.append(Problem(str(file), f"is both the {its_modality} of {owner.name} and the {modality} of "
+                                        f"{visit.name}", "correct one of the two paths", visit.name))
     return problems
 
 
-def _from_table(table: Path, modalities: tuple[str, str],
-                needed: tuple[str, ...]) -> tuple[list[Pair], list[Problem]]:
+def _read_table(table: Path, delimiter: str = "") -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Return the column names and (line, column -> cell) of each row. Raises DataError."""
     try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            delimiter = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=delimiter, restval="", strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = [name.strip() for name in reader.fieldnames or ()]
+        text = table.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise csv.Error("it contains a NUL character")
+        delimiter = delimiter or ("\t" if "\t" in text.partition("\n")[0] else ",")
+        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, restkey="", restval="", strict=True)
+        return [column.strip() for column in reader.fieldnames or ()], [
+            (reader.line_num, {column.strip(): cell.strip() for column, cell in row.items() if column})
+            for row in reader]
     except (OSError, UnicodeError, csv.Error) as error:
-        return [], [Problem(f"opt.data_root = {str(table)!r}", f"cannot be read as a table ({error})",
-                            "give a CSV or TSV file, or the folder of a BIDS tree")]
-    needed = needed or tuple(name for name in modalities if name in columns) or modalities
-    if problem := _wrong_columns(table, columns, needed):
-        return [], [problem]
-    pairs, problems = [], []
-    for line, row in rows:
-        cells = {(key or "").strip(): value.strip() for key, value in row.items() if isinstance(value, str)}
+        raise DataError(Problem(str(table), f"cannot be read as a table ({error})",
+                                "set opt.data_root to a CSV or TSV file, or to the folder of a BIDS tree")) from error
+
+
+def _from_table(table: Path, modalities: tuple[str, str], partial: bool) -> tuple[list[Pair], list[Problem]]:
+    columns, rows = _read_table(table)
+    needed = ["subject", *([name for name in modalities if partial and name in columns] or modalities)]
+    if wrong := [name for name in ("subject", *modalities, "session", "group", "fold")
+                 if columns.count(name) > 1 or (name in needed and name not in columns)]:
+        raise DataError(Problem(str(table), f"needs one column {', '.join(wrong)}; it has {', '.join(columns)}",
+                                'name its columns "subject" and as in opt.modalities, separated by commas or tabs'))
+    visits, problems = [], []
+    for line, cells in rows:
+        where, fold = f"{table} line {line}", cells.get("fold", "")
         subject, _, session = cells["subject"].partition("_ses-")
-        fold, where = cells.get("fold", ""), f"{table} line {line}"
         if not subject:
-            problems.append(Problem(where, "left out, it names no subject", "fill the column", fatal=False))
+            problems.append(Problem(where, "left out because it names no subject", "fill it in", fatal=False))
             continue
-        known = bool(fold) and fold.isdecimal() and fold.isascii()
-        files = {name: table.parent / cells[name] for name in modalities if cells.get(name)}
-        pair = Pair(subject, cells.get("session", "") or session, cells.get("group", ""), int(fold) if known else None,
-                    files)
-        if fold and not known:
-            problems.append(Problem(where, f"fold {fold!r} is not a number from 0 upwards", "correct it", pair.name))
-        if any("\0" in cell for cell in cells.values()):
-            problems.append(Problem(where, "has a NUL character in it", "write the table again as text", pair.name))
-        else:
-            pairs.append(pair)
-    return pairs, problems
-
-
-def _wrong_columns(table: Path, columns: list[str], modalities: Sequence[str]) -> Problem | None:
-    if any(";" in name for name in columns):
-        return Problem(str(table), "its columns are separated by semicolons",
-                       "save it with commas, or as .tsv with tabs")
-    if absent := [name for name in ("subject", *modalities) if name not in columns]:
-        others = [name for name in columns if name not in ("subject", *OPTIONAL)]
-        return Problem(str(table), f"has no column {', '.join(absent)}, only {', '.join(columns) or 'none at all'}",
-                       "name the column of the subjects so" if "subject" in absent else
-                       f"set opt.modalities to two of {', '.join(others) or 'its columns'}")
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        return Problem(str(table), f"has the column {', '.join(twice)} twice", "keep one of them")
-    return None
+        files = {modality: table.parent / cells[modality] for modality in modalities if cells.get(modality)}
+        visits.append(Pair(subject, cells.get("session") or session, cells.get("group", ""),
+                           int(fold) if fold.isdecimal() and fold.isascii() else None, files))
+        if fold and visits[-1].fold is None:
+            problems.append(Problem(where, f"fold {fold!r} is not 0, 1, 2, ...", "correct it", visits[-1].name))
+    return visits, problems
 
 
 def _from_bids(tree: Path, modalities: tuple[str, str], suffixes: dict[str, str]) -> tuple[list[Pair], list[Problem]]:
-    problems, visits = [], {}
-    ends = {name: suffixes.get(name, name) for name in modalities}
-    files = sorted(file for folder in sorted(tree.glob("sub-*")) for file in _files_below(folder, problems))
-    for name, suffix in ends.items():
-        for file in files:
-            if not any(fnmatch.fnmatchcase(file.name, f"*_{suffix}{ending}") for ending in (".nii.gz", ".nii")):
-                continue
-            subject, inside = file.relative_to(tree).parts[0], file.relative_to(tree).as_posix()
-            sessions = set(re.findall(r"(?:^|[/_])ses-([^/_]+)", inside))
-            if not file.name.startswith(f"{subject}_") or len(sessions) > 1:
-                problems.append(Problem(inside, "its name and its folder tell different subjects or sessions",
-                                        "move or rename it", subject))
-                continue
-            visit = visits.setdefault((subject, "".join(sessions)), {})
-            if name in visit:
-                problems.append(Problem(inside, f"left out, {visit[name].name} of the same visit is used",
-                                        "name the one you want with opt.bids_suffix", subject, fatal=False))
-            visit.setdefault(name, file)
-    if not visits and not problems:
-        wanted = " or ".join(f"*_{suffix}.nii.gz" for suffix in ends.values())
-        problems.append(Problem(f"opt.data_root = {str(tree)!r}", f"no {wanted} below sub-*",
-                                "give a BIDS tree, or a CSV with the columns subject," + ",".join(modalities)))
-    groups = _participants(tree, problems)
-    pairs = [Pair(subject, session, groups.get(_spelling(subject, "sub"), ""), None, found)
-             for (subject, session), found in visits.items()]
-    if groups and pairs and not any(pair.group for pair in pairs):
-        problems.append(Problem(str(tree / "participants.tsv"), "its groups belong to none of the subjects",
-                                "compare participant_id with the folders' names", fatal=False))
-    return pairs, problems
-
-
-def _files_below(folder: Path, problems: list[Problem], seen: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All files below a folder, through links to folders, without hidden ones; what cannot be read is a problem."""
-    here = os.path.realpath(folder)
-    if here in seen:  # a link back to where we came from
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except NotADirectoryError:
-        return
-    except OSError as error:
-        problems.append(Problem(str(folder), f"cannot be read ({error.strerror})", "ask for permission, or exclude it",
-                                folder.name))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
+    (files, problems), visits = _bids_files(tree), {}
+    for file in files:
+        matching = [modality for modality in modalities
+                    if fnmatch.fnmatchcase(file.name.removesuffix(".gz"), f"*_{suffixes.get(modality, modality)}.nii")]
+        subject, inside = file.relative_to(tree).parts[0], file.relative_to(tree).as_posix()
+        sessions = set(re.findall(r"(?:^|[/_])ses-([^/_]+)", inside))
+        if matching and (not file.name.startswith(f"{subject}_") or len(sessions) > 1):
+            problems.append(Problem(inside, "its name and its folder give different subjects or sessions",
+                                    "move or rename it", subject))
             continue
-        if entry.is_dir():
-            yield from _files_below(folder / entry.name, problems, seen | {here})
-        else:
-            yield folder / entry.name
+        for modality in matching:
+            first = visits.setdefault((subject, "".join(sessions)), {}).setdefault(modality, file)
+            if first is not file:
+                problems.append(Problem(inside, f"left out because {first.name} of the same visit is used",
+                                        "select one of them with opt.bids_suffix", subject, fatal=False))
+    groups = _read_groups(tree / "participants.tsv", {_canonical(subject, "sub") for subject, _ in visits}, problems)
+    return [Pair(subject, session, groups.get(_canonical(subject, "sub"), ""), None,
+                 {modality: found[modality] for modality in modalities if modality in found})
+            for (subject, session), found in visits.items()], problems
 
 
-def _participants(tree: Path, problems: list[Problem]) -> dict[str, str]:
-    """participants.tsv: spelling of the subject -> group; empty where there is none."""
-    table = tree / "participants.tsv"
-    if not table.exists():
-        return {}
+def _bids_files(tree: Path) -> tuple[list[Path], list[Problem]]:
+    """All files below sub-*, also in linked folders, except hidden ones; each unreadable folder is a problem."""
+    def is_loop(path: Path) -> bool:
+        return path.is_symlink() and os.path.realpath(path) in map(os.path.realpath, path.parents)
+
+    files, errors = [], []
+    for subject in tree.glob("sub-*"):
+        for parent, folders, names in os.walk(subject, onerror=errors.append, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".") and not is_loop(Path(parent, name))]
+            files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(files), [Problem(error.filename, f"cannot be read ({error.strerror})",
+                                   "ask for permission, or exclude it", Path(error.filename).name)
+                           for error in errors if not isinstance(error, NotADirectoryError)]
+
+
+def _read_groups(table: Path, people: set[str], problems: list[Problem]) -> dict[str, str]:
+    """Read participants.tsv, where there is one: person -> group."""
     try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = [{(key or "").strip(): value for key, value in row.items()}
-                    for row in csv.DictReader(file, delimiter="\t", strict=True)]
-        if rows and "participant_id" not in rows[0]:
-            raise csv.Error("it has no column participant_id between tabs")
-    except (OSError, UnicodeError, csv.Error) as error:
-        problems.append(Problem(str(table), f"cannot be read ({error})", "groups are taken as unknown; mend it",
-                                fatal=False))
+        columns, rows = _read_table(table, "\t") if os.path.exists(table) else ([], [])
+    except DataError as error:
+        problems += [dataclasses.replace(problem, remedy="fix it; until then all groups are unknown", fatal=False)
+                     for problem in error.problems]
         return {}
-    return {_spelling(row["participant_id"], "sub"): (row.get("group") or "").strip()
-            for row in rows if row["participant_id"]}
-
-
-def in_mni_space(pair: Pair) -> bool:
-    """Whether the files say so: a BIDS entity space-MNI... in both names. An affine cannot tell."""
-    return all("_space-MNI" in file.name for file in pair.files.values())
+    groups = {_canonical(cells["participant_id"], "sub"): cells.get("group", "") for _, cells in rows
+              if cells.get("participant_id")}
+    lost = any(groups.values()) and not any(groups.get(person) for person in people)
+    if rows and people and (lost or "participant_id" not in columns):
+        problems.append(Problem(str(table), "its groups belong to none of the subjects", "compare its tab-separated "
+                                "column participant_id with the names of the folders", fatal=False))
+    return groups

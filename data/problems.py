@@ -1,14 +1,15 @@
-"""What can be wrong with a study: one form for everything between the manifest and the tensors."""
+"""Problems of a study: one form for everything that can be wrong, from the table of pairs to the voxels."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from utils.errors import UserError
+
+SMALLEST_AXIS = 11  # voxels: the Gaussian window of SSIM (sigma 1.5, truncated at 3.5 sigma) must fit into a volume
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to know about a study. fatal: training refuses to start; otherwise it is told and goes on."""
+    """A problem with a study. fatal: training cannot start; otherwise it is only reported."""
 
     where: str  # the file, the line of a table, or the option
     what: str
@@ -20,28 +21,23 @@ class Problem:
         return f"{self.where}: {self.what}; {self.remedy}"
 
 
-class DataError(ValueError):
-    """A study, or one of its files, that cannot be used; `problems` says why, in full."""
+class DataError(UserError):
+    """A study, or one of its files, cannot be used for the reasons in `problems`."""
 
     def __init__(self, *problems: Problem):
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
 
 
-class PairError(DataError):
-    """Pairs that cannot be found or split as asked."""
-
-
 class VolumeError(DataError):
-    """A file that cannot be used as a volume."""
+    """A file cannot be used as a volume."""
 
     def __init__(self, where: object, what: str, remedy: str):
         super().__init__(Problem(str(where), what, remedy))
 
 
-def refuse(problems: Iterable[Problem]) -> list[Problem]:
-    """Raise one PairError for all fatal problems; returns the others, which are only to be told."""
-    problems = list(problems)
+def raise_if_fatal(problems: list[Problem]) -> list[Problem]:
+    """Raise one DataError for all fatal problems; returns the others."""
     if fatal := [problem for problem in problems if problem.fatal]:
-        raise PairError(*fatal)
+        raise DataError(*fatal)
     return problems

@@ -1,158 +1,142 @@
-"""A study ready for training: every pair decoded once, normalised to [-1, 1], and split by subject."""
-
-from __future__ import annotations
+"""A study ready for training: its pairs, decoded once, normalised to [-1, 1] and split by subject."""
 
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from nibabel.affines import apply_affine
+from tqdm import tqdm
 
-from data.atlas import AtlasError, LabelImage, pattern_mask, roi_centres
+from data.atlas import LabelImage, pattern_mask, roi_centres
 from data.cache import Reading, cached_volume, identical_scans, load_volume
-from data.grids import compare_fields, spacing_of
-from data.pairs import Pair, in_mni_space
-from data.problems import Problem, refuse
+from data.demo import COMPLETE, DEMO_ROOT, write_demo
+from data.grids import spacing_of
+from data.pairs import Pair, find_pairs
+from data.problems import Problem, raise_if_fatal
+from data.split import split_subjects
+from utils.errors import UserError
+from utils.files import remove_temporary_files
+from utils.stop import interruptible
 
 
 class Study:
     """The pairs of two modalities. Volumes and masks come as {modality: tensor (B, 1, X, Y, Z)}.
 
-    readings: modality -> how its files are read; roles: {"train", "validation", "test"} -> positions in pairs;
     ranges[modality]: (N, 2) intensities, in file units, that became -1 and 1; affines[modality]: N of (4, 4);
-    problems: what was found and is only to be told. Raises VolumeError, and PairError for scans that are there twice.
+    problems: warnings. Raises VolumeError, DataError if a scan is there twice, and Interrupted between two pairs.
     """
 
-    def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], readings: dict[str, Reading], cache_dir: Path,
-                 progress=iter):
-        self.pairs, self.roles = pairs, roles
-        self.sizes = {name: tuple(reading.size) for name, reading in readings.items()}
-        self.modalities = tuple(readings)
-        self._files = {name: [] for name in readings}
-        self.ranges = {name: [] for name in readings}
-        self.affines = {name: [] for name in readings}
-        self._masks: dict[tuple, torch.Tensor] = {}  # pairs on the same grid share theirs
-        self._mask_of = {name: [None] * len(pairs) for name in readings}
-        self.has_pattern = [False] * len(pairs)
-        content, scans, self.problems = hashlib.sha256(), [], []
-        for pair in progress(pairs):
-            for name, reading in readings.items():
-                file, facts = cached_volume(pair.files[name], reading, cache_dir)
-                self._files[name].append(file)
-                self.ranges[name].append((facts["low"], facts["high"]))
-                self.affines[name].append(np.array(facts["affine"]))
-                scans.append((pair.name, pair.files[name], facts["content"]))
-                place = np.round(facts["affine"], 3) + 0.0  # no negative zeros: they would hash differently
-                content.update(f"{pair.name} {name} {facts['content']} {place.tolist()}".encode())
-                if facts["repaired"]:
-                    self.problems.append(repaired(pair, name, facts["repaired"]))
-        refuse(identical_scans(scans))
-        self.fingerprint = content.hexdigest()
+    def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], readings: dict[str, Reading], cache_dir: Path):
+        self.pairs, self.roles, self.modalities = pairs, roles, tuple(readings)
+        self.sizes = {modality: tuple(reading.size) for modality, reading in readings.items()}
+        self.ranges, self.affines, self._files, self._masks = ({modality: [] for modality in readings}
+                                                               for _ in range(4))
+        self.has_pattern, self.problems, scans, data_hash = [False] * len(pairs), [], [], hashlib.sha256()
+        for pair in interruptible(tqdm(pairs, desc="reading volumes", unit="pair", disable=None)):
+            for modality, reading in readings.items():
+                file, metadata = cached_volume(pair.files[modality], reading, cache_dir)
+                self._files[modality].append(file)
+                self.ranges[modality].append((metadata["low"], metadata["high"]))
+                self.affines[modality].append(np.array(metadata["affine"]))
+                scans.append((pair.name, pair.files[modality], metadata["content"]))
+                affine = np.round(metadata["affine"], 3) + 0.0  # no negative zeros: they would hash differently
+                data_hash.update(f"{pair.name} {modality} {metadata['content']} {affine.tolist()}".encode())
+                if metadata["repaired"]:
+                    self.problems.append(repaired_voxels(pair, modality, metadata["repaired"]))
+        raise_if_fatal(identical_scans(scans))
+        self.fingerprint = data_hash.hexdigest()
         self.split = {role: [pairs[i].name for i in members] for role, members in roles.items()}
         self.split_fingerprint = hashlib.sha256(json.dumps(self.split).encode()).hexdigest()
 
-    def set_pattern(self, networks: tuple[str, ...], radius: float, space: str, file: str = "",
-                    labels: tuple[int, ...] = ()) -> int:
-        """Make the pattern masks; returns how many pairs have one.
+    def set_pattern(self, opt) -> None:
+        """Make the masks of opt.pattern_networks or opt.pattern_file. Raises UserError if one is empty."""
+        centres, shared = roi_centres(opt.pattern_networks), {}  # pairs on the same grid share a mask
+        read_labels = functools.lru_cache(1)(LabelImage)  # only the last: each subject may have its own
 
-        They are the ROIs of these networks where the pair is in MNI space, or the labels of an image of the user's own,
-        whose path may hold {subject} and {session}. Raises AtlasError where a mask turns out empty.
-        """
-        centres, images = roi_centres(networks), {}
-        self._masks.clear()  # of other networks or labels
+        def mask_for(modality: str, i: int, source: str) -> torch.Tensor:
+            size, affine = self.sizes[modality], self.affines[modality][i]
+            key = size, source, affine.round(4).tobytes() if source else b""
+            if key not in shared:
+                mask = (np.zeros(size, dtype=bool) if not source else
+                        read_labels(Path(source), tuple(opt.pattern_labels)).mask(size, affine) if opt.pattern_file else
+                        pattern_mask(size, affine, centres, opt.pattern_radius))
+                if source and not mask.any():
+                    raise UserError(f"{self.pairs[i].files[modality]}: no voxel of it lies in {source}; correct "
+                                    'opt.pattern_file, or set opt.space = "native" if it is not in MNI space')
+                shared[key] = torch.from_numpy(mask)[None]
+            return shared[key]
+
+        self._masks = {modality: [] for modality in self.modalities}
         for i, pair in enumerate(self.pairs):
-            if file:
-                path = Path(file.replace("{subject}", pair.subject).replace("{session}", pair.session))
-                if path not in images:
-                    images = {path: LabelImage(path, labels)}  # one at a time: each subject may have its own
-                paint, origin = images[path].mask, str(path)
-            elif len(centres) and (space == "mni" or (space == "auto" and in_mni_space(pair))):
-                paint, origin = functools.partial(pattern_mask, centres=centres, radius=radius), "the ROIs"
-            else:
-                paint, origin = None, ""
-            self.has_pattern[i] = paint is not None
-            for name in self.modalities:
-                self._mask_of[name][i] = self._painted(name, i, paint, origin)
-        return sum(self.has_pattern)
+            in_mni = opt.space == "mni" or (  # an affine cannot tell
+                opt.space == "auto" and all("_space-MNI" in file.name for file in pair.files.values()))
+            source = "the ROIs" if len(centres) and in_mni else ""
+            if opt.pattern_file:
+                source = opt.pattern_file.replace("{subject}", pair.subject).replace("{session}", pair.session)
+            self.has_pattern[i] = bool(source)
+            for modality in self.modalities:
+                self._masks[modality].append(mask_for(modality, i, source))
 
     def pattern_fingerprint(self) -> str:
         """Hash of all pattern masks."""
-        digest, known = hashlib.sha256(), {}
-        for name in self.modalities:
-            for mask in self._mask_of[name]:
-                if mask is not None and id(mask) not in known:
-                    known[id(mask)] = hashlib.sha256(mask.numpy().tobytes()).digest()
-                digest.update(known.get(id(mask), b""))
-        return digest.hexdigest()
+        digests = [hashlib.sha256(mask.numpy()).digest() for masks in self._masks.values() for mask in masks]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
-    def _painted(self, name: str, i: int, paint: Callable | None, origin: str) -> torch.Tensor:
-        """The mask (1, X, Y, Z) of one volume; those on the same grid share theirs."""
-        size, affine = self.sizes[name], self.affines[name][i]
-        key = (size, origin, affine.round(4).tobytes() if paint else b"")
-        if key not in self._masks:
-            mask = paint(size, affine) if paint else np.zeros(size, dtype=bool)
-            if paint and not mask.any():
-                raise AtlasError(f"{self.pairs[i].files[name]}: no voxel of it lies in {origin}; correct "
-                                 'opt.pattern_file, or set opt.space = "native" if it is not in MNI space')
-            self._masks[key] = torch.from_numpy(mask)[None]
-        return self._masks[key]
-
-    def apart(self) -> list[Problem]:
-        """The pairs whose two fields of view differ by more than one (larger) voxel at some corner, in mm."""
-        return [problem for i, pair in enumerate(self.pairs)
-                if (problem := fields_apart(pair, {name: (self.affines[name][i], self.sizes[name])
-                                                   for name in self.modalities}))]
+    def misaligned_pairs(self) -> list[Problem]:
+        """A warning for each pair whose two fields of view are not the same."""
+        grids = [zip(affines, self.sizes.values()) for affines in zip(*self.affines.values())]
+        return [warning for pair, two in zip(self.pairs, grids) if (warning := misalignment(pair, *two))]
 
     @functools.cached_property
     def extent(self) -> torch.Tensor:
-        """(3,) mm, median over the pairs of the first modality's field of view, which both are overlaid on."""
-        name = self.modalities[0]
-        sides = [spacing_of(affine) * self.sizes[name] for affine in self.affines[name]]
-        return torch.from_numpy(np.median(sides, axis=0))
+        """(3,) mm: median size of the first modality's field of view, onto which the other one is overlaid."""
+        modality = self.modalities[0]
+        lengths = [spacing_of(affine) * self.sizes[modality] for affine in self.affines[modality]]
+        return torch.from_numpy(np.median(lengths, axis=0))
 
     def volumes(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1]. Raises VolumeError where one has become unreadable."""
-        return {name: torch.from_numpy(np.stack([load_volume(self._files[name][i]) for i in positions])[:, None])
-                for name in self.modalities}
+        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1]. Raises VolumeError if one has become unreadable."""
+        return {modality: torch.from_numpy(np.stack([load_volume(files[i]) for i in positions])[:, None])
+                for modality, files in self._files.items()}
 
     def masks(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """{modality: (B, 1, X, Y, Z)} pattern masks, 0 or 1; all 0 for a pair that has none."""
-        return {name: torch.stack([self._mask_of[name][i] for i in positions]).float() for name in self.modalities}
+        return {modality: torch.stack([masks[i] for i in positions]).float() for modality, masks in self._masks.items()}
 
     def mean_volumes(self, groups: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-        """{modality: (1 + groups, 1, X, Y, Z)} mean of the training volumes, the simplest synthesis there is; then of
-        those of each group."""
+        """{modality: (1 + groups, 1, X, Y, Z)} mean of all training volumes, then of those of each group."""
+        def mean(files: list[Path]) -> torch.Tensor:
+            return torch.from_numpy(sum(load_volume(file).astype(np.float64) for file in files) / len(files)).float()
+
         train = self.roles["train"]
         members = [train, *([i for i in train if self.pairs[i].group == group] for group in groups)]
-        return {name: torch.stack([self._mean(name, each) for each in members])[:, None] for name in self.modalities}
+        return {modality: torch.stack([mean([files[i] for i in positions]) for positions in members])[:, None]
+                for modality, files in self._files.items()}
 
-    def _mean(self, name: str, positions: list[int]) -> torch.Tensor:
-        volumes = (load_volume(self._files[name][i]).astype(np.float64) for i in positions)
-        return torch.from_numpy(sum(volumes) / len(positions)).float()
-
-    def train_range(self, name: str) -> tuple[float, float]:
-        """Medians over the training volumes of the intensities that became -1 and 1: the units of what is made."""
-        low, high = np.median([self.ranges[name][i] for i in self.roles["train"]], axis=0)
-        return float(low), float(high)
+    def train_range(self, modality: str) -> tuple[float, float]:
+        """Medians over the training volumes of the intensities that became -1 and 1: the units of synthetic volumes."""
+        return tuple(np.median([self.ranges[modality][i] for i in self.roles["train"]], axis=0).tolist())
 
 
-def repaired(pair: Pair, name: str, count: int) -> Problem:
-    """What is told about voxels that were no numbers."""
-    return Problem(str(pair.files[name]), f"{count} voxels were NaN or infinite",
-                   "they are set to the smallest finite value; look at the volume", pair.name, fatal=False)
+def repaired_voxels(pair: Pair, modality: str, count: int) -> Problem:
+    return Problem(str(pair.files[modality]), f"{count} voxels were NaN or infinite",
+                   "they became the smallest finite value; look at the volume", pair.name, fatal=False)
 
 
-def fields_apart(pair: Pair, grids: dict[str, tuple[np.ndarray, tuple]]) -> Problem | None:
-    """A problem, not fatal, where the fields of view of the two grids (affine, size) are not the same."""
-    overlap, distance = compare_fields(*grids.values())
-    if overlap and distance <= max(spacing_of(affine).max() for affine, _ in grids.values()):
+def misalignment(pair: Pair, *grids: tuple[np.ndarray, tuple]) -> Problem | None:
+    """A warning if corners of both fields of view are more than one (larger) voxel apart; grids: affine and size."""
+    corners = np.array(list(np.ndindex(2, 2, 2)))
+    first, second = (apply_affine(affine, corners * size - 0.5) for affine, size in grids)  # (8, 3), mm
+    distance = np.linalg.norm(first - second, axis=1).max()
+    if distance <= max(spacing_of(affine).max() for affine, _ in grids):
         return None
-    what = f"differ by up to {distance:.0f} mm" if overlap else "do not overlap in space"
-    return Problem(" and ".join(pair.files[name].name for name in grids), f"their fields of view {what}",
+    apart = ((first.min(0) >= second.max(0)) | (second.min(0) >= first.max(0))).any()
+    what = "do not overlap in space" if apart else f"differ by up to {distance:.0f} mm"
+    return Problem(" and ".join(file.name for file in pair.files.values()), f"their fields of view {what}",
                    "PDS overlays the two grids edge to edge: co-register and crop them alike", pair.name, fatal=False)
 
 
@@ -161,10 +145,45 @@ def steps_per_epoch(positions: list[int], batch_size: int) -> int:
 
 
 def training_batch(positions: list[int], batch_size: int, seed: int, step: int) -> list[int]:
-    """The batch of step 0, 1, ...: an epoch is all positions once, and its last batch may be smaller.
+    """The batch of step 0, 1, ...: each epoch visits all positions once; its last batch may be smaller."""
+    epoch, batch = divmod(step, steps_per_epoch(positions, batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(positions).tolist()  # the same in a resumed run
+    return order[batch * batch_size:(batch + 1) * batch_size]
 
-    Shuffled by (seed, epoch) alone, so that a continued run sees the same order.
-    """
-    epoch, place = divmod(step, steps_per_epoch(positions, batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(positions).tolist()
-    return order[place * batch_size:(place + 1) * batch_size]
+
+def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
+    """Return the pairs in opt.data_root, all problems, and how each modality is read; write the demo on first use."""
+    root = Path(opt.data_root)
+    if root == Path(DEMO_ROOT) and not (root / COMPLETE).exists():
+        print(f"Writing the demo data set to {root} ...")
+        remove_temporary_files(root)  # of a process that was killed
+        write_demo(root)
+    pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix)
+    try:
+        sizes = opt.image_sizes()
+    except UserError as error:  # only with --check, which suggests sizes: otherwise opt.validate refuses them
+        problems.append(Problem("opt.image_size", str(error), "or set it as suggested", "all"))
+        sizes = dict.fromkeys(opt.modalities)
+    reduce, intensity = opt.per_modality("reduce"), opt.per_modality("intensity")
+    return pairs, problems, {name: Reading(name, sizes[name], reduce[name], opt.resize, intensity[name])
+                             for name in opt.modalities}
+
+
+def read_study(opt) -> Study:
+    """Find, split and decode the pairs in opt.data_root; print warnings. Raises DataError, UserError, Interrupted."""
+    pairs, problems, readings = find_study(opt)
+    warnings = raise_if_fatal(problems)
+    roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
+    study = Study(pairs, roles, readings, Path(opt.cache_dir))
+    for warning in warnings + study.problems:
+        print(f"note: {warning}")
+    study.set_pattern(opt)
+    if opt.pattern_weight and not all(study.has_pattern):
+        print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs are not known to be in MNI space, as the "
+              "ROIs are: all their voxels have the same weight in the loss. Set opt.space = \"mni\" if they are in it, "
+              "or opt.pattern_file to a label image of your own")
+    if misaligned := study.misaligned_pairs():
+        print(f"note: {len(misaligned)} of {len(pairs)} pairs are misaligned, for example {misaligned[0]}")
+    if opt.folds == 1:
+        print("note: opt.folds = 1: the training subjects are also tested on; scores say nothing about new subjects")
+    return study

@@ -1,12 +1,10 @@
-"""The diffusion process: schedule, noising, targets, and what a network's output means. Samplers: models/samplers.py.
+"""The diffusion process: schedule, noising, targets, and the clean volume that a network's output implies.
 
 Symbols (Ho et al. 2020; Song et al. 2021; Salimans & Ho 2022): x0 clean volume, xt noisy volume, t timestep with
 t = 0 clean and t = 1..T noisy, alpha_bar cumulative alpha,
     xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise,   v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0.
 Volumes of both modalities travel as {modality: (B, 1, X, Y, Z)}, timesteps as {modality: (B,)}.
 """
-
-from __future__ import annotations
 
 import math
 import zlib
@@ -18,35 +16,35 @@ from torch import Tensor
 
 
 class Purpose(IntEnum):
-    """Second number of every noise key, so that no two uses share their noise."""
+    """Second number of every noise key: no two uses share their noise."""
 
     TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT, AUGMENT, JOINT, GROUP = range(10)
 
 
-GIVEN = 0.75  # fraction of the training draws in which one modality is given: measured, see the README
-LARGEST_BETA = 0.999  # as published with the cosine schedule: keeps alpha_bar_T above 0
+GIVEN_FRACTION = 0.75  # of the training draws in which one modality is given clean (docs/measurements.md)
+MAX_BETA = 0.999  # as published with the cosine schedule: keeps alpha_bar_T above 0
 Volumes = dict[str, Tensor]
 
 
 def cosine_alpha_bar(timesteps: int, s: float = 0.008) -> Tensor:
     """alpha_bar of the cosine schedule (Nichol & Dhariwal 2021, eq. 17), float64 (T + 1,); alpha_bar[0] = 1."""
     f = np.array([math.cos((t / timesteps + s) / (1 + s) * math.pi / 2) ** 2 for t in range(timesteps + 1)])
-    betas = np.minimum(1 - f[1:] / f[:-1], LARGEST_BETA)
+    betas = np.minimum(1 - f[1:] / f[:-1], MAX_BETA)
     return torch.from_numpy(np.concatenate([[1.0], np.cumprod(1 - betas)]))
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A private random generator that depends on the key alone: (seed, purpose, step or sample, ...)."""
+    """A random generator that depends on its key alone: (seed, purpose, step or sample, ...)."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def name_key(name: str) -> int:
-    """A subject's number in noise keys: it does not depend on who else is in the study."""
+    """A subject's number in noise keys, which does not depend on the other subjects of the study."""
     return zlib.crc32(name.encode())
 
 
 def keyed_noise(sizes: dict[str, tuple[int, ...]], *keys: tuple[int, ...]) -> Volumes:
-    """Standard normal noise for each modality, one volume for each key: it does not depend on ranks or batches."""
+    """Standard normal noise, {modality: (len(keys), 1, X, Y, Z)}: the same on any number of ranks, in any batch."""
     noise = {name: [] for name in sizes}
     for key in keys:
         generator = keyed_generator(*key)
@@ -56,22 +54,22 @@ def keyed_noise(sizes: dict[str, tuple[int, ...]], *keys: tuple[int, ...]) -> Vo
 
 
 class Diffusion:
-    """The schedule with `timesteps` steps, and what network outputs mean: prediction "epsilon" or "v"."""
+    """The noise schedule, and what the network predicts: prediction "epsilon" or "v"."""
 
     def __init__(self, timesteps: int, prediction: str):
         self.timesteps, self.prediction = timesteps, prediction
         self.alpha_bar = cosine_alpha_bar(timesteps)
-        self._tables: dict[torch.device, Tensor] = {}  # alpha_bar where it was used, so that no step waits for a copy
+        self._on_device: dict[torch.device, Tensor] = {}  # copied once per device: no step waits for it
 
     def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) as (B, 1, 1, 1, 1), default type, where t (B,) is."""
-        if t.device not in self._tables:
-            self._tables[t.device] = self.alpha_bar.to(t.device)
-        alpha_bar, kind = self._tables[t.device][t].view(-1, 1, 1, 1, 1), torch.get_default_dtype()
-        return alpha_bar.sqrt().to(kind), (1 - alpha_bar).sqrt().to(kind)
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1, 1), for t (B,)."""
+        if t.device not in self._on_device:
+            self._on_device[t.device] = self.alpha_bar.to(t.device)
+        alpha_bar, dtype = self._on_device[t.device][t].view(-1, 1, 1, 1, 1), torch.get_default_dtype()
+        return alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
 
-    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """xt of x0 (B, 1, X, Y, Z) at t (B,)."""
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """xt for x0 (B, 1, X, Y, Z) at t (B,)."""
         signal, sigma = self.weights(t)
         return signal * x0 + sigma * noise
 
@@ -80,8 +78,8 @@ class Diffusion:
         signal, sigma = self.weights(t)
         return noise if self.prediction == "epsilon" else signal * noise - sigma * x0
 
-    def x0(self, xt: Tensor, output: Tensor, t: Tensor, clip: bool = True) -> Tensor:
-        """The clean volume that a network's output means, clipped to [-1, 1] unless told otherwise."""
+    def to_x0(self, xt: Tensor, output: Tensor, t: Tensor, clip: bool = True) -> Tensor:
+        """The clean volume that the network's output implies, by default clipped to [-1, 1]."""
         signal, sigma = self.weights(t)
         x0 = (xt - sigma * output) / signal if self.prediction == "epsilon" else signal * xt - sigma * output
         return x0.clamp(-1, 1) if clip else x0
@@ -89,11 +87,11 @@ class Diffusion:
 
 def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str],
                        keys: list[tuple[int, ...]]) -> Volumes:
-    """{modality: (B,)} timesteps for one step of training; key: one per pair.
+    """Timesteps {modality: (B,)} for training on pairs with these keys.
 
-    "shared": one t for both. "independent": one each, and in GIVEN of the draws one of the two, either as often, is
-    given clean (t = 0), so that the same network learns to translate. The other's t is then the larger of two draws:
-    what the source tells is decided where the target is still noise.
+    "shared": one t for both. "independent": one each, and in GIVEN_FRACTION of the draws one of the two, each as
+    often, is given clean (t = 0), so the same network learns to translate. The other's t is then the larger of two
+    draws: the source matters most where the target is still noise.
     """
     drawn = {name: [] for name in modalities}
     for key in keys:
@@ -102,7 +100,7 @@ def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str
         if coupling == "shared":
             t = [t[0], t[0]]
         else:
-            case = float(torch.rand(1, generator=generator)) / GIVEN
+            case = float(torch.rand(1, generator=generator)) / GIVEN_FRACTION
             if case < 1:
                 t = [max(t)] * 2
                 t[int(2 * case)] = 0

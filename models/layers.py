@@ -1,7 +1,5 @@
 """Building blocks of the networks. Volumes are (B, C, X, Y, Z); grids may have any size."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -9,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-FEW_POSITIONS = 512  # up to so many, a volume's weights cost more memory traffic than its features
-LARGEST_LONELY = 20_480  # channels x X x Y of a single volume up to which PyTorch 2.14 does not call oneDNN
+ONEDNN_MIN_SIZE = 20_480  # channels x X x Y above which PyTorch 2.14 uses oneDNN for a single volume, too
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -20,29 +17,9 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def layout(size: tuple[int, ...]) -> torch.memory_format:
-    """The memory layout in which convolutions on this grid (X, Y, Z) are fastest (measured: benchmarks/step.py)."""
-    return torch.contiguous_format if math.prod(size) <= FEW_POSITIONS else torch.channels_last_3d
-
-
-def lay_out(part: nn.Module, size: tuple[int, ...]) -> None:
-    """Keep the weights of a part that works on this grid in its layout."""
-    for weight in part.parameters():
-        if weight.ndim == 5:
-            weight.data = weight.data.contiguous(memory_format=layout(size))
-
-
-def laid_out(x: Tensor) -> Tensor:
-    """x (B, C, X, Y, Z) in the layout of its grid; costs nothing where it is already."""
-    return x.contiguous(memory_format=layout(x.shape[2:]))
-
-
 def resize_to(x: Tensor, size: torch.Size) -> Tensor:
-    """Interpolate (B, C, X, Y, Z) to another grid over the same field of view; the same grid costs nothing."""
-    if x.shape[2:] == size:
-        return x
-    x = x.contiguous(memory_format=layout(size))  # of the grid it goes to, which the result then has
-    return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
+    """Interpolate (B, C, X, Y, Z) trilinearly to another grid with the same field of view."""
+    return x if x.shape[2:] == size else F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:
@@ -57,7 +34,7 @@ def to_patches(x: Tensor, patch: int) -> Tensor:
 
 
 def from_patches(x: Tensor, patch: int, size: torch.Size) -> Tensor:
-    """Undo `to_patches`; `size` is the grid (X, Y, Z) it started from."""
+    """The inverse of `to_patches`; `size` is the original grid (X, Y, Z)."""
     if patch == 1:
         return x
     B, C, X, Y, Z = x.shape
@@ -66,33 +43,22 @@ def from_patches(x: Tensor, patch: int, size: torch.Size) -> Tensor:
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d, with kernels of 1 or 3, that is as fast for a single volume, and with a single thread, as otherwise.
+    """nn.Conv3d that is as fast for a single small volume on a CPU as for several.
 
-    For one volume of few channels PyTorch leaves oneDNN on the CPU in float32, and with it the channels-last layout,
-    and takes three times as long: such a volume goes in as two halves. With one thread it does so for kernels of 1,
-    which are products of matrices.
+    PyTorch does not use oneDNN for it, which takes three times as long as convolving it twice (measured).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size[0] == 1:
-            return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        lonely = (len(x) == 1 and x.device.type == "cpu" and x[..., 0].numel() <= LARGEST_LONELY
-                  and layout(x.shape[2:]) != torch.contiguous_format)
-        if not lonely:
-            return super().forward(x)
-        if self.stride[0] == 2:
+        if len(x) == 1 and x.device.type == "cpu" and x[..., 0].numel() <= ONEDNN_MIN_SIZE:
             return super().forward(torch.cat([x, x]))[:1]
-        X, half = x.shape[2], (x.shape[2] + 1) // 2
-        x = F.pad(x, (0, 0, 0, 0, 1, 1 + X % 2))
-        y = F.conv3d(torch.cat([x[:, :, :half + 2], x[:, :, half:]]), self.weight, self.bias, padding=(0, 1, 1))
-        return torch.cat([y[:1], y[1:]], dim=2)[:, :, :X]
+        return super().forward(x)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with group normalisation, a shortcut, and (if emb_channels) a shift by the embedded timestep.
+    """Two convolutions with group normalisation, a shortcut, and (with emb_channels) a shift by the embedded timestep.
 
-    recompute: keep only the block's input until the backward pass, which computes the rest again (gradient
-    checkpointing; Chen et al. 2016): less memory for more time, and the same gradient.
+    recompute: keep only the block's input for the backward pass and compute the rest again (gradient checkpointing,
+    Chen et al. 2016).
     """
 
     recompute = False
@@ -109,9 +75,8 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+        recompute = self.recompute and torch.is_grad_enabled()
+        return checkpoint(self._forward, x, emb, use_reentrant=False) if recompute else self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -120,8 +85,13 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 
+def res_blocks(count: int, in_channels: int, channels: int, emb_channels: int, dropout: float) -> nn.ModuleList:
+    return nn.ModuleList(ResBlock(channels if n else in_channels, channels, emb_channels, dropout)
+                         for n in range(count))
+
+
 class Attention(nn.Module):
-    """Self-attention over all positions of a coarse level, heads of 32 channels (or 8 where fewer are at hand)."""
+    """Self-attention over all positions of a coarse level, with heads of 32 channels (8 if 32 does not divide them)."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,13 +1,23 @@
-"""The losses: pattern-aware (stage 1), tissue and microstructure (stage 2). Volumes are (B, 1, X, Y, Z)."""
+"""The losses: pattern-aware (stage 1); tissue, structure, microstructure (stage 2). Volumes are (B, 1, X, Y, Z)."""
 
-from __future__ import annotations
+import hashlib
+import os
+import pickle
+import struct
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights, vgg16
+
+from utils.errors import UserError
 
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # voxels
 SSIM_C1, SSIM_C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # for a data range of 2
+VGG16_URL = VGG16_Weights.IMAGENET1K_V1.url
+VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pattern_aware_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: float, kind: str = "l1") -> Tensor:
@@ -26,18 +36,12 @@ def tissue_loss(refined: Tensor, truth: Tensor, mask: Tensor, weight: float) -> 
 
 
 def projections(volume: Tensor) -> list[Tensor]:
-    """The means of (B, 1, X, Y, Z) along each axis: (B, 1, Y, Z), (B, 1, X, Z), (B, 1, X, Y).
-
-    They average the noise of a whole axis away, so that what differs is structure.
-    """
+    """The means of (B, 1, X, Y, Z) along each axis, almost free of noise: (B, 1, Y, Z), (B, 1, X, Z), (B, 1, X, Y)."""
     return [volume.mean(dim=axis) for axis in (2, 3, 4)]
 
 
 def microstructure_loss(refined: Tensor, truth: Tensor) -> Tensor:
-    """Distance of the three orthogonal mean projections: their values and their gradients, mean absolute error.
-
-    The term that needs no pretrained weights; models/perceptual.py has the one that does.
-    """
+    """Mean absolute error of the three orthogonal mean projections and of their gradients."""
     loss = refined.new_zeros(())
     for difference in projections(refined - truth):  # (B, 1, two axes); the projection is linear
         loss = loss + difference.abs().mean() + sum(difference.diff(dim=along).abs().mean() for along in (2, 3))
@@ -47,7 +51,7 @@ def microstructure_loss(refined: Tensor, truth: Tensor) -> Tensor:
 def structure_loss(refined: Tensor, truth: Tensor) -> Tensor:
     """1 - SSIM (Wang et al. 2004; as a loss Zhao et al. 2017), as in utils/metrics.py: Gaussian window, range 2."""
     a, b = refined.float(), truth.float()
-    maps = _smooth(torch.cat([a, b, a * a, b * b, a * b], dim=1))
+    maps = gaussian_means(torch.cat([a, b, a * a, b * b, a * b], dim=1))
     mean_a, mean_b, aa, bb, ab = maps.chunk(5, dim=1)
     var_a, var_b, cov = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
     ssim = ((2 * mean_a * mean_b + SSIM_C1) * (2 * cov + SSIM_C2)
@@ -55,12 +59,12 @@ def structure_loss(refined: Tensor, truth: Tensor) -> Tensor:
     return 1 - ssim.mean()
 
 
-def _smooth(x: Tensor) -> Tensor:
-    """Gaussian means of (B, C, X, Y, Z) where the whole window is inside: each axis loses 2 SSIM_RADIUS voxels."""
+def gaussian_means(x: Tensor) -> Tensor:
+    """Gaussian means of (B, C, X, Y, Z) wherever the whole window fits: each axis loses 2 SSIM_RADIUS voxels."""
     places = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (places / SSIM_SIGMA) ** 2)
     weights = weights / weights.sum()
-    for axis in (2, 3, 4):  # a banded matrix along each axis: on a CPU far faster than a convolution of few channels
+    for axis in (2, 3, 4):  # a banded matrix per axis: much faster on a CPU than a convolution of few channels
         n = x.shape[axis]
         band = torch.stack([F.pad(weights, (k, n - len(weights) - k)) for k in range(n - len(weights) + 1)])
         x = torch.movedim(torch.movedim(x, axis, -1) @ band.T, -1, axis)
@@ -68,7 +72,7 @@ def _smooth(x: Tensor) -> Tensor:
 
 
 def x0_error(x0: Tensor, truth: Tensor) -> Tensor:
-    """(B,) unweighted mean absolute error of an estimate of x0: comparable between settings."""
+    """Unweighted mean absolute error (B,) of an estimate of x0: comparable between settings."""
     return F.l1_loss(x0, truth, reduction="none").mean(dim=(1, 2, 3, 4))
 
 
@@ -77,3 +81,62 @@ def blend_weights(truth: Tensor, candidates: list[Tensor]) -> Tensor:
     columns = torch.stack([*(each.flatten() for each in candidates), truth.new_ones(truth.numel())], dim=1).double()
     normal = columns.T @ columns / len(columns) + 1e-6 * torch.eye(columns.shape[1]).to(columns)
     return torch.linalg.solve(normal, columns.T @ truth.flatten().double() / len(columns)).float()
+
+
+class PerceptualLoss(nn.Module):
+    """Relative distance of VGG16 features of the mean projections of two volumes (B, 1, X, Y, Z) in [-1, 1].
+
+    weights: a state dict of torchvision's VGG16, of which only "features..." is used; all is frozen. Raises
+    RuntimeError where the weights do not fit or are not finite.
+    """
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__()
+        with torch.device("meta"):
+            self.features = vgg16(weights=None).features[:VGG16_LAYERS[-1] + 1]
+        names = {name: f"features.{name}" for name in self.features.state_dict()}
+        self.features.load_state_dict({name: weights[key].float() for name, key in names.items() if key in weights},
+                                      assign=True)
+        if not all(each.isfinite().all() for each in self.features.state_dict().values()):
+            raise RuntimeError("some values are not finite")
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, refined: Tensor, truth: Tensor) -> Tensor:
+        """Mean over pairs, views and layers of sum |difference of features| / sum |features of the truth|; no unit."""
+        loss = refined.new_zeros(())
+        for made, real in zip(projections(refined.float()), projections(truth.float())):
+            made, real = (((each + 1) / 2 - self.mean) / self.std for each in (made, real))  # (B, 3, two axes)
+            for number, layer in enumerate(self.features):
+                made = layer(made)
+                with torch.no_grad():
+                    real = layer(real)
+                if number in VGG16_LAYERS:
+                    size = real.abs().flatten(1).sum(dim=1) + 1e-6
+                    loss = loss + ((made - real).abs().flatten(1).sum(dim=1) / size).mean()
+        return loss / (3 * len(VGG16_LAYERS))
+
+
+def load_perceptual_loss(file: str, download: bool) -> PerceptualLoss | None:
+    """With the weights in `file`, or else in the cache of torch.hub, whose file name ends in its hash.
+
+    Prints a note and returns None where there are none; with `download` they are fetched first. Raises UserError.
+    """
+    name = VGG16_URL.rsplit("/", 1)[1]  # vgg16-HASH.pth
+    path = Path(file).expanduser() if file else Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        if not file and not os.path.exists(path):  # False where the cache cannot even be looked at
+            if not download:
+                print(f"note: no weights of VGG16 at {path}: training without the loss on its features. Put "
+                      "torchvision's file there, name one in opt.vgg_weights, or set opt.vgg_download = True")
+                return None
+            torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
+        if not file and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rsplit("-", 1)[1]):
+            raise ValueError("damaged: its hash is not the one in its name")
+        return PerceptualLoss(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, AttributeError, TypeError,
+            ValueError, AssertionError, LookupError) as error:  # what torch.load and a wrong state dict raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise UserError(f"{path}: cannot be used as the weights of torchvision's VGG16 ({reason}). Put the file of "
+                        f"{VGG16_URL} there, name it in opt.vgg_weights, or set opt.perceptual_weight = 0") from error

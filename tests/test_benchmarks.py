@@ -1,205 +1,103 @@
-"""The scripts that the README's figures come from, on tiny data: they run, and their figures mean what they say."""
+"""The scripts behind the documentation's figures, on tiny data: they run, and their figures mean what they say."""
 
-from __future__ import annotations
-
-import copy
-import csv
+import functools
 import json
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import main
-from benchmarks import (
-    ablation,
-    augmentation,
-    group_difference,
-    loader_cost,
-    ranks,
-    refine_ablation,
-    sampling,
-    stage1_quality,
-    step,
-)
-from models import layers
-from models.backbone import Backbone
+from benchmarks import ablation, augmentation, group_difference, sampling, stage1_quality, step
+from data.study import read_study
 from opt import PRESETS, opt
-from tests.conftest import arguments
+from tests.conftest import SIZES, arguments, read_csv, refine_arguments
 from utils.arguments import parse_arguments
-from utils.checkpoint import read_checkpoint
+from utils.errors import UserError
+from utils.files import write_table
+
+settings_of = functools.partial(parse_arguments, opt, PRESETS, description="test")
 
 
-@pytest.fixture
-def settings(study_csv, tmp_path):
-    return parse_arguments(opt, PRESETS, arguments(study_csv, tmp_path), "test")
+@pytest.fixture(scope="module")
+def grouped(study_csv, tmp_path_factory):
+    """The options of a tiny run of both stages on a study with two groups, and its checkpoints."""
+    folder, table = tmp_path_factory.mktemp("grouped"), study_csv.with_name("grouped.csv")
+    rows = [{**row, "group": ("NC", "AD")[i % 2]} for i, row in enumerate(read_csv(study_csv))]
+    write_table(table, tuple(rows[0]), rows)
+    for words in (arguments, refine_arguments):
+        assert main.main(words(table, folder, "--max_steps", "2")) == 0
+    return arguments(table, folder, "--max_steps", "2"), folder / "checkpoints"
 
 
-@pytest.fixture
-def checkpoint(study_csv, tmp_path):
-    assert main.main(arguments(study_csv, tmp_path, "--max_steps", "2")) == 0
-    return tmp_path / "checkpoints/best_model.pth"
-
-
-def test_quality_of_stage_1(checkpoint, settings, monkeypatch, capsys):
+def test_quality_of_stage_1_is_printed_and_perfect_for_a_prior_that_samples_the_truth(grouped, monkeypatch, capsys):
     monkeypatch.setattr(stage1_quality, "JOINT", 3)
-    stage1_quality.report(checkpoint, settings)
-    told = capsys.readouterr().out
-    for words in ("fmri->dmri: one sample", "over the mean training volume", "over another subject's source",
-                  "joint dmri: mean_shift"):
-        assert words in told
-
-
-class Copyist(Backbone):
-    """Knows the answer: what it samples are the subjects themselves."""
-
-    def __init__(self, network, study):
-        super().__init__(network, None, "independent", torch.device("cpu"), torch.float32)
-        self.study, self.calls = study, 0
-
-    def sample(self, keys, sizes, steps, sampler, eta, given=None, progress=iter):
-        places = [key[2] % len(self.study.pairs) for key in keys]
-        return self.study.volumes(places)
-
-
-def test_scores_of_a_perfect_model(settings):
-    study = main.read_study(settings)
-    network = ablation.Trial(settings, study, 1, torch.device("cpu")).smooth.network
-    perfect = Copyist(network, study)
-    for row in stage1_quality.translation_scores(perfect, study, settings, [0, 1], swapped=False):
-        assert row["psnr_single"] == float("inf") and row["psnr_of_8"] > 120  # but for the rounding of a mean of 8
-        assert max(row["inside"], row["outside"]) < 1e-6
+    settings = settings_of(grouped[0])
+    stage1_quality.report(grouped[1] / "best_model.pth", settings)
+    printed = capsys.readouterr().out
+    assert "fmri->dmri: one sample" in printed and "another subject's source" in printed and "joint dmri" in printed
+    study = read_study(settings)
+    perfect = SimpleNamespace(sample=lambda keys, *_: study.volumes([key[2] % len(study.pairs) for key in keys]),
+                              network=SimpleNamespace(directions=[("fmri", "dmri"), ("dmri", "fmri")]))
+    for row in stage1_quality.translation_scores(perfect, study, settings, [0, 1]):
+        assert row["psnr_single"] == float("inf") and row["psnr_mean"] > 120  # but for the rounding of a mean of 8
     for values in stage1_quality.joint_scores(perfect, study, settings, 24).values():
         assert abs(values["mean_shift"]) < 1e-6 and values["std_ratio"] == pytest.approx(1, abs=1e-3)
         assert values["spread_ratio"] == pytest.approx(1, rel=0.3) and values["nearest"] < values["nearest_real"]
 
 
-def test_ablation(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "FACTORS", {"default": {}, "pattern weight 0": {"pattern_weight": 0.0}})
-    monkeypatch.setattr(ablation, "JOINT", 3)
-    ablation.ablate(settings, 0.05, 2, tmp_path / "out", list(ablation.FACTORS))
-    with open(tmp_path / "out/runs.csv", newline="") as file:
-        runs = list(csv.DictReader(file))
-    assert {(row["variant"], row["seed"]) for row in runs} == {(v, s) for v in ablation.FACTORS for s in "01"}
-    assert len({row["x0_error"] for row in runs}) == 4  # the seed and the factor both count
-    table = (tmp_path / "out/table.md").read_text()
-    assert "default against pattern weight 0, inside the networks" in table and table.count("\n| ") == 2
-    before = (tmp_path / "out/runs.csv").read_text()
-    ablation.ablate(settings, 0.05, 2, tmp_path / "out", list(ablation.FACTORS))  # finished runs are not repeated
-    assert (tmp_path / "out/runs.csv").read_text() == before
-
-
-def test_cost_of_loading(settings, monkeypatch):
-    monkeypatch.setattr(loader_cost, "STEPS", 4)
-    seconds = loader_cost.measure(settings)
-    assert {name: len(each) for name, each in seconds.items()} == {"cache": 4, "tensors": 4, "loading": 4}
-    assert all((each > 0).all() for each in seconds.values())
-    assert np.median(seconds["loading"]) < np.median(seconds["tensors"])
-
-
-def test_errors_of_samplers(checkpoint, settings):
-    study = main.read_study(settings)
-    backbone = Backbone.from_checkpoint(read_checkpoint(checkpoint, ("stage 1",)), torch.device("cpu"), torch.float32)
-    rows = sampling.compare(backbone, study, 0, (("dpmpp", 5), ("dpmpp", 40)), ("dpmpp", 40))
-    assert {row["what"] for row in rows} == {"joint", "given fmri", "given dmri"}
+def test_samplers_are_compared_with_their_limit(grouped):
+    study, prior = stage1_quality.open_run(grouped[1] / "best_model.pth", settings_of(grouped[0]))
+    rows = sampling.compare(prior, study, 0, (("dpmpp", 5), ("ddim", 5)), ("dpmpp", 40))
+    assert {row["kind"] for row in rows} == {"joint", "given fmri", "given dmri"}
     for row in rows:
-        assert (row["error"] == 0) == (row["steps"] == 40) and row["seconds"] > 0
-        assert np.isfinite(row["psnr"]) == (row["what"] != "joint")
-    assert sampling.table(rows).count("\n") == 3  # two lines of heading, and one for each number of steps
+        assert (row["error"] == 0) == (row["steps"] == 40) and np.isfinite(row["psnr"]) == (row["kind"] != "joint")
+    assert sampling.table(rows).count("\n| ") == 3
 
 
-def test_projection_of_group_differences():
-    groups, generator = np.array(["NC", "NC", "AD", "AD"]), np.random.default_rng(0)
-    real = generator.normal(size=(4, 500))
-    assert group_difference.kept(real, real, groups) == (1, 1, 1)
+def test_group_difference_is_projected_on_the_real_one(grouped, capsys):
+    groups, (real, unrelated) = np.array(["NC", "NC", "AD", "AD"]), np.random.default_rng(0).normal(size=(2, 4, 500))
     assert group_difference.kept(0.5 * real + 3, real, groups) == pytest.approx((0.5, 0.5, 0.5))
-    other = group_difference.kept(generator.normal(size=(4, 500)), real, groups)
-    assert other[1] < 0.1 and abs(other[0]) < 0.2
+    assert abs(group_difference.kept(unrelated, real, groups)[0]) < 0.2
+    group_difference.report(grouped[1] / "best_refine.pth", settings_of(grouped[0]))
+    printed = capsys.readouterr().out
+    assert "1 NC, 1 AD" in printed and printed.count("100% (100% .. 100%)") == 2 and printed.count("refined") == 2
 
 
-@pytest.fixture
-def grouped(study_csv, tmp_path):
-    """Words of a tiny run on a study with two groups."""
-    with open(study_csv, newline="") as file:
-        rows = list(csv.DictReader(file))
-    table = tmp_path / "grouped.csv"
-    with open(table, "w", newline="") as file:
-        lines = csv.DictWriter(file, ["subject", "fmri", "dmri", "group"])
-        lines.writeheader()
-        for number, row in enumerate(rows):
-            files = {name: study_csv.parent / row[name] for name in ("fmri", "dmri")}
-            lines.writerow({**row, **files, "group": ("NC", "AD")[number % 2]})
-    return arguments(table, tmp_path)
+def test_ablation_trains_every_variant_and_seed_once(grouped, tmp_path, monkeypatch):
+    def run(command):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, main.main(command[2:]))
+
+    calls, variants = [], {"default": "", "other": "--coarse none"}
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
+    own = SimpleNamespace(stage=2, steps=2, minutes=None, seeds=2, out=tmp_path)
+    for _ in range(2):  # finished runs are not repeated
+        ablation.ablate(own, grouped[0], variants)
+    rows = read_csv(tmp_path / "runs.csv")
+    assert [f"{row['variant']} {row['seed']}" for row in rows] == ["default 0", "other 0", "default 1", "other 1"]
+    assert len({row["validation"] for row in rows}) == 4 and len(calls) == 6  # with a stage 1 for each seed
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 2
+    with pytest.raises(SystemExit, match="choose another --out"):
+        ablation.ablate(own, [*grouped[0], "--loss", "l1"], variants)
 
 
-def test_group_difference_of_a_run(grouped, tmp_path, capsys):
-    assert main.main([*grouped, "--max_steps", "2"]) == 0
-    resume = ["--resume_path", str(tmp_path / "checkpoints/best_model.pth")]
-    assert main.main([*grouped, "--refine", *resume, "--max_steps", "2"]) == 0
-    capsys.readouterr()
-    refined = tmp_path / "checkpoints/best_refine.pth"
-    group_difference.report(refined, parse_arguments(opt, PRESETS, grouped, "test"))
-    told = capsys.readouterr().out
-    assert "1 NC, 1 AD" in told and told.count("100% (100% .. 100%)") == 2 and told.count("refined") == 2
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cost_of_a_step(stage, tmp_path, capsys):
+    table = step.write_random_study(tmp_path, SIZES, 3)
+    step.measure(stage, 1, 2, settings_of([*arguments(table, tmp_path), *step.NOTHING_BUT_STEPS]))
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(row["seconds"]) == 2 and 0 < row["loading"] < 1 and row["tflop"] > 0 and row["peak_gib"] > 0.1
+    assert f"| tiny | {stage} | 12x13x11/16x17x14 | 2 | 1 | float32 |" in step.table([{"preset": "tiny", **row}])
 
 
-def test_ablation_of_stage_2(settings, tmp_path, monkeypatch):
-    names = ("default", "joint prior", "no stage 1")
-    monkeypatch.setattr(refine_ablation, "VARIANTS", {name: refine_ablation.VARIANTS[name] for name in names})
-    refine_ablation.ablate(settings, 4.0, 0.1, 1, tmp_path / "out")
-    with open(tmp_path / "out/subjects.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    by_variant = {row["variant"]: row for row in rows}
-    assert set(by_variant) == set(names) and len({row["psnr"] for row in rows}) == len(rows)
-    assert float(by_variant["no stage 1"]["stage1"]) == float(by_variant["no stage 1"]["sampling"]) == 0
-    assert float(by_variant["joint prior"]["sampling"]) > 0
-    assert (tmp_path / "out/table.md").read_text().count("\n| ") == 3
-    before = (tmp_path / "out/subjects.csv").read_text()
-    refine_ablation.ablate(settings, 4.0, 0.1, 1, tmp_path / "out")  # finished runs are not repeated
-    assert (tmp_path / "out/subjects.csv").read_text() == before
-
-
-def test_cost_of_a_step(settings):
-    """Rows of both stages, in this process: what they hold, and that the parts are parts."""
-    rows = [{**step.measure(settings, "tiny", stage, 2, plain=False), "family": "tiny"} for stage in (1, 2)]
-    larger = copy.deepcopy(settings)
-    larger.image_size = 24
-    rows.append({**step.measure(larger, "tiny", 1, 1, plain=False), "family": "tiny"})
-    step.add_exponents(rows)
-    for row in rows:
-        assert row["seconds_per_step"] > 0 and row["tflop"] > 0 and row["peak_gib"] > 0.1
-        assert np.isfinite(row["fraction_of_conv"]) and row["conv_seconds"] > 0
-    assert rows[1]["exponent"] is None and np.isfinite(rows[0]["exponent"])
-    assert rows[2]["tflop"] > 2 * rows[0]["tflop"]  # 27,648 voxels against 5,524
-    assert json.loads(json.dumps(rows)) == rows
-    assert "| tiny | 1 | 12x13x11/16x17x14 | 2 | float32 |" in step.table(rows)
-
-
-def test_plain_is_the_same_network(settings, monkeypatch):
-    """What is compared with does the same arithmetic."""
-    monkeypatch.setattr(layers, "layout", layers.layout)
-    monkeypatch.setattr(layers.Conv3d, "forward", layers.Conv3d.forward)
-    ours, plain = (step.measure(settings, "tiny", 1, 1, plain=each)["tflop"] for each in (False, True))
-    assert plain == pytest.approx(ours, rel=0.1)
-
-
-def test_throughput_of_ranks(study_csv, tmp_path):
-    words = arguments(study_csv, tmp_path, "--image_size", "12")
-    one, two = (ranks.run(count, 2, 4, 1, words) for count in (1, 2))  # stage 2, with Muon
-    assert one["ranks"] == 1 and two["ranks"] == 2
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
-    assert len(one["seconds"]) == 1 and one["megabytes"] > 0
-
-
-def test_augmentation_takes_as_many_pairs_of_each_group_and_its_classifier_learns():
-    generator = np.random.default_rng(0)
-    groups = np.array(["A"] * 30 + ["B"] * 30)
-    volumes = generator.normal(0, 1, (60, 50)) + (groups == "B")[:, None]
-    places = augmentation.alike(groups, np.array(["A", "A", "B"] * 5), generator)
-    assert sorted(groups[places]) == ["A"] * 10 + ["B"] * 5 and len(set(places)) == 15
-    tests = {"these": (generator.normal(0, 1, (60, 50)) + (groups == "B")[:, None], groups),
-             "others": (generator.normal(0, 1, (60, 50)), groups)}
-    found = augmentation.accuracies((volumes, groups), tests)
-    assert found[0] > 0.9 and abs(found[1] - 0.5) < 0.2
-    with pytest.raises(SystemExit, match="draw more"):
-        augmentation.alike(groups, np.array(["A"] * 40), generator)
+def test_augmentation_draws_as_many_pairs_of_each_group_and_its_classifier_learns():
+    random, groups = np.random.default_rng(0), np.array(["A"] * 30 + ["B"] * 30)
+    volumes, others, noise = random.normal(size=(3, 60, 50)) + np.where(groups == "B", [[1], [1], [0]], 0)[..., None]
+    draw = augmentation.draw_alike(groups, np.repeat(["A", "B"], [10, 5]), random)
+    assert sorted(groups[draw]) == ["A"] * 10 + ["B"] * 5 and len(set(draw)) == 15
+    related, unrelated = augmentation.accuracies((volumes, groups), [(others, groups), (noise, groups)])
+    assert related > 0.9 and abs(unrelated - 0.5) < 0.2
+    with pytest.raises(UserError, match="draw more"):
+        augmentation.draw_alike(groups, np.array(["A"] * 40), random)

@@ -1,31 +1,33 @@
-"""Several ranks as one: the program under torchrun, over Gloo on the CPU."""
-
-from __future__ import annotations
+"""Several ranks that train as one, over Gloo on the CPU: under torchrun, or (faster) as forked ranks."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-import train
-from benchmarks.kills import SAME, identical
-from opt import small
-from tests.conftest import ROOT, arguments, read_csv, run_program, signalled, weights, write_pairs
-from utils import distributed
+import main
+from tests.conftest import CHILD, PROGRAM, ROOT, Child, arguments, read_csv, signalled, weights, write_pairs
+from tests.test_recovery import assert_same_state, hidden_files, wait_for_rows
 
 
-def launch(*words: str, ranks: int = 2) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "main.py",
-            *words]
+def torchrun(*words: str, program: str = "main.py") -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *words]
+    return subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CHILD)
 
 
-def run_ranks(*words: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    return subprocess.run(launch(*words, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+def run_ranks(*words: str, codes: tuple[str, str] = (PROGRAM, PROGRAM)) -> list[subprocess.CompletedProcess]:
+    """Two ranks with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+           "TORCHELASTIC_RUN_ID": "test"}
+    ranks = [Child(list(words), code, RANK=str(rank), LOCAL_RANK=str(rank), **job) for rank, code in enumerate(codes)]
+    return [rank.wait() for rank in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -34,47 +36,41 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def words_of(pairs: Path, folder: Path, *more: str) -> list[str]:
-    """20 steps, two of them an epoch. Adam, because torch.optim.Muon iterates in bfloat16, where a last bit can become
-    a third digit: in networks as tiny as this one that shows."""
-    return arguments(pairs, folder, "--batch_size", "4", "--folds", "4", "--epochs", "10", "--refine_epochs", "10",
-                     "--validate_every", "5", "--refine_optimiser", "adam", *more)
-
-
-def losses(folder: Path, stage: str) -> list[float]:
-    return [float(row["loss"]) for row in read_csv(folder / "results" / stage / "log.csv") if row["kind"] == "training"]
+    """12 steps, two per epoch. Adam, because Muon iterates in bfloat16: a last bit can become a third digit."""
+    return arguments(pairs, folder, "--batch_size", "4", "--folds", "4", "--epochs", "6", "--refine_epochs", "6",
+                     "--validate_every", "3", "--refine_optimiser", "adam", *more)
 
 
 @pytest.fixture(scope="module")
 def both(pairs, tmp_path_factory) -> dict[int, Path]:
-    """Number of ranks -> folder with both stages trained by so many. Both refine the backbone that one rank trained."""
+    """Number of ranks -> folder with both stages; both refine the backbone that one rank trained."""
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
     for stage in ([], ["--refine", "--resume_path", str(folders[1] / "checkpoints/best_model.pth")]):
-        for ranks, folder in folders.items():
-            done = (run_ranks if ranks == 2 else run_program)(*words_of(pairs, folder, *stage))
-            assert done.returncode == 0, done.stderr
-            (folder / f"{'stage2' if stage else 'stage1'}.txt").write_text(done.stdout)
+        assert main.main(words_of(pairs, folders[1], *stage)) == 0
+        done = run_ranks(*words_of(pairs, folders[2], *stage))
+        assert [rank.returncode for rank in done] == [0, 0], done
+        (folders[2] / f"{'refine' if stage else 'stage1'}.txt").write_text("".join(rank.stdout for rank in done))
     return folders
 
 
-@pytest.mark.parametrize("stage", ["stage1", "refine"])
-def test_T5_two_ranks_have_the_curve_of_one(both, stage):
-    one, two = (losses(both[ranks], stage) for ranks in (1, 2))
-    assert len(one) == len(two) == 20
-    assert two == pytest.approx(one, abs=1e-4)
-    validated = [[float(row["x0_error" if stage == "stage1" else "psnr"]) for row in read_csv(
-        both[ranks] / "results" / stage / "log.csv") if row["kind"] == "validation"] for ranks in (1, 2)]
-    assert validated[1] == pytest.approx(validated[0], rel=1e-3)
+@pytest.mark.parametrize("stage, metric", [("stage1", "x0_error"), ("refine", "psnr")])
+def test_two_ranks_have_the_curve_of_one(both, stage, metric):
+    one, two = (read_csv(both[ranks] / "results" / stage / "log.csv") for ranks in (1, 2))
+    losses, validated = ([[float(row[column]) for row in rows if row["kind"] == kind] for rows in (two, one)]
+                         for kind, column in (("training", "loss"), ("validation", metric)))
+    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert len(validated[0]) == 2 and validated[0] == pytest.approx(validated[1], rel=1e-3)
 
 
-def test_only_the_first_rank_writes_and_speaks(both):
-    for stage, said in (("stage1", "Stage 1 is finished"), ("stage2", "Stage 2 is finished")):
-        told = (both[2] / f"{stage}.txt").read_text()
-        assert told.count(said) == 1 and told.count("2 ranks") == 1
-    one, two = ({path.relative_to(folder) for path in folder.rglob("*") if "cache" not in path.parts}
-                for folder in both.values())
+def test_only_the_main_rank_writes_and_prints(both):
+    for stage, said in (("stage1", "Stage 1 is finished"), ("refine", "Stage 2 is finished")):
+        output = (both[2] / f"{stage}.txt").read_text()
+        assert output.count(said) == 1 and output.count("2 ranks") == 1
+        assert output.count("s per step") == output.count("per epoch") == 1  # after ten steps
+    one, two = ({path.relative_to(folder) for path in folder.rglob("*") if path.suffix != ".txt"
+                 and "cache" not in path.parts} for folder in both.values())
     assert one == two
-    refined = read_csv(both[2] / "results/refine/metrics.csv")
-    assert len(refined) == len(read_csv(both[1] / "results/refine/metrics.csv"))
+    assert len({len(read_csv(folder / "results/refine/metrics.csv")) for folder in both.values()}) == 1
 
 
 def test_coarse_volumes_are_divided_among_the_ranks_and_the_same(both):
@@ -83,71 +79,45 @@ def test_coarse_volumes_are_divided_among_the_ranks_and_the_same(both):
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two))
 
 
-def test_ranks_stop_together_and_continue_exactly(pairs, both, tmp_path):
-    stopped = run_ranks(*words_of(pairs, tmp_path, "--max_minutes", "1e-9"))
-    assert stopped.returncode != 0  # torchrun's own, not main.py's 3
-    assert "Stopped (opt.max_minutes are over)" in stopped.stdout
-    process = subprocess.Popen(launch(*words_of(pairs, tmp_path)), cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log = tmp_path / "results/stage1/log.csv"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 4):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=60)
-    assert "Stopped at step" in told and 0 < weights(tmp_path / "checkpoints/last_model.pth")["step"] < 20
-    done = run_ranks(*words_of(pairs, tmp_path))
-    assert done.returncode == 0, done.stderr
-    ended, never_stopped = (weights(folder / "checkpoints/last_model.pth") for folder in (tmp_path, both[2]))
-    assert ended["step"] == never_stopped["step"] == 20
-    for part in ("model", "ema", "optimiser"):
-        assert identical(ended[part], never_stopped[part])
-
-
-@pytest.mark.parametrize("name, count", [("x0_error", 1), ("write_samples", 1)])  # validating, and drawing pictures
-def test_R4_ranks_stop_together_outside_a_step(pairs, both, tmp_path, name, count):
-    """Asked to, as by torchrun, the first rank breaks off; the other one waits for it, or does its own part."""
-    code = signalled("train", name, count, signal.SIGTERM)
-    words = launch("-c", code, *words_of(pairs, tmp_path))
-    words[words.index("main.py")] = sys.executable
-    words.insert(words.index("--standalone"), "--no-python")
-    stopped = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert stopped.returncode and "Traceback (most recent call last):\n  File \"<string>\"" not in stopped.stderr
-    assert stopped.stdout.count("Stopped at step") == 1
-    state = weights(tmp_path / "checkpoints/last_model.pth")
-    assert state["reviewed"] < state["step"]
-    assert run_ranks(*words_of(pairs, tmp_path)).returncode == 0
+@pytest.mark.parametrize("during, rank", [("train.x0_error", 1), ("train.Stage1.draw", 0)])
+def test_ranks_stop_together_and_resume_identically(pairs, both, tmp_path, during, rank):
+    """One of them receives a signal while it validates or draws; the other one does its own part, or waits."""
+    words = words_of(pairs, tmp_path, "--cache_dir", str(both[2] / "cache"))
+    codes = [PROGRAM, PROGRAM]
+    codes[rank] = signalled(*during.split(".", 1), 1, signal.SIGTERM)
+    stopped = run_ranks(*words, codes=codes)
+    assert [each.returncode for each in stopped] == [main.STOPPED, main.STOPPED]
+    assert stopped[0].stdout.count("Stopped at step") == 1 and "Stopped" not in stopped[1].stdout
+    assert "Traceback" not in "".join(each.stderr for each in stopped) and not hidden_files(tmp_path)
+    assert [each.returncode for each in run_ranks(*words)] == [0, 0]
     for name in ("last_model.pth", "best_model.pth"):
-        ended, never_stopped = (weights(folder / "checkpoints" / name) for folder in (tmp_path, both[2]))
-        assert all(identical(ended[part], never_stopped[part]) for part in SAME)
+        assert_same_state(tmp_path / "checkpoints" / name, both[2] / "checkpoints" / name)
 
 
-def test_a_refusal_is_said_once(pairs, tmp_path):
-    refused = run_ranks(*words_of(pairs, tmp_path, "--image_size", "16"))
-    assert refused.returncode != 0 and refused.stderr.count("PDS cannot run") == 1
-    assert "opt.image_size" in refused.stderr
-    refused = run_ranks(*words_of(pairs, tmp_path, "--batch_size", "1"), ranks=3)
-    assert "opt.batch_size = 1" in refused.stderr and "3 ranks" in refused.stderr
+def test_torchrun_prints_a_refusal_once(pairs, tmp_path):
+    """It is found by one rank, while the other one waits."""
+    refused = torchrun(*words_of(pairs, tmp_path, "--image_size", "16"))
+    errors = refused.communicate(timeout=60)[1]
+    assert refused.returncode and errors.count("PDS cannot run") == 1 and "opt.image_size" in errors
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("accumulate", [1, 2, 9])
-def test_every_job_is_done_by_one_rank(monkeypatch, world, accumulate):
-    settings, jobs = small(), [("a", 0), ("a", 2), ("a", 3), ("b", 1)]
-    settings.accumulate = accumulate
-    monkeypatch.setattr(distributed, "world", lambda: world)
-    done, loads = [], []
-    for rank in range(world):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        mine = list(train.parts(settings, jobs))
-        done += [(what, place) for what, places, factor in mine if factor for place in places]
-        assert mine, "a rank without a part would not exchange gradients"
-        loads.append(sum(len(places) for _, places, factor in mine if factor))
-    assert sorted(done) == jobs
-    assert max(loads) - min(loads) <= 1
-
-
-def test_one_process_is_its_own_sum():
-    assert distributed.summed(1.5, 2.0) == [1.5, 2.0]
-    assert distributed.any_rank("yes") and not distributed.any_rank("")
-    assert distributed.same_everywhere(3) and distributed.writes()
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found in /proc")
+@pytest.mark.parametrize("victim", ["torchrun", 0, 1])
+def test_torchrun_stops_all_ranks_and_also_where_one_dies(pairs, both, tmp_path, victim, capsys):
+    """torchrun receives SIGTERM, or a rank is killed. The same command resumes, with another number of ranks."""
+    words = words_of(pairs, tmp_path, "--epochs", "500", "--validate_every", "500", "--checkpoint_every", "1",
+                     "--cache_dir", str(both[2] / "cache"))
+    running = torchrun(*words)
+    wait_for_rows(running, tmp_path / "results/stage1/log.csv", 3)
+    if victim == "torchrun":
+        running.terminate()
+    else:  # the ranks are listed in the order of their start
+        ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(ranks[victim]), signal.SIGKILL)
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode  # torchrun's own, not main.py's 3
+    step = weights(tmp_path / "checkpoints/last_model.pth")["step"]
+    assert said.count(f"Stopped at step {step} of 1000 (received SIGTERM)") == (victim == "torchrun"), errors
+    assert errors.count("PDS stopped because another rank ended") == (victim == 1)  # the main rank says so
+    assert main.main([*words, "--max_steps", str(step + 1)]) == 0 and not hidden_files(tmp_path)
+    assert f"at step {step}" in capsys.readouterr().out

@@ -1,6 +1,4 @@
-"""Writing so that nothing is lost: files that are whole or not there, room on the disk, and one run in a folder."""
-
-from __future__ import annotations
+"""Files that are complete or absent, messages for full and read-only disks, and one run per folder."""
 
 import contextlib
 import csv
@@ -11,38 +9,27 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.part")  # what a file is called while it is written
-LOCK = ".lock"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from utils.errors import UserError
 
-
-class FileError(ValueError):
-    """A file that cannot be written, or a folder that is in use; the message says which, why, and what to do."""
+TEMPORARY = re.compile(r"\.(.+)\.([1-9][0-9]{0,8})\.[0-9]+\.part")  # host, process id, time in ns
+OTHER_FOLDER = "choose another folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir or opt.sample_dir)"
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object], size: int) -> None:
-    """Write a file under another name, flush it to the disk, and rename it: `path` is never half of one.
-
-    write: gets the open file; size: bytes that it will need (about). Several processes may do so at once. Raises
-    FileError where there is no room, or the file cannot be written: then nothing is left of it, and `path` is as it
-    was.
-    """
-    temporary = _temporary(path)
+def replace_file(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`, which is never incomplete. Raises UserError."""
+    temporary = path.with_name(f".{socket.gethostname()}.{os.getpid()}.{time.time_ns()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        require_room(path.parent, size)
-        with _open_locked(temporary, "wb", wait=True)[0] as file:  # locked: `remove_strays` sees that we live
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        _flush_folder(path.parent)
+            os.fsync(file.fileno())  # before the new name: a power failure leaves the old content or the new
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
         if not isinstance(cause, OSError):
@@ -50,33 +37,16 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], size: int) -> 
         raise cannot_write(path, cause) from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-
-
-def make_writable(*folders: str | Path) -> None:
-    """Create these folders. Raises FileError where one cannot be written to."""
-    for folder in map(Path, folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = _temporary(folder / "probe")
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise cannot_write(folder, error) from error
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """`replace_file` with a text, in UTF-8."""
-    content = text.encode(errors="backslashreplace")  # a file's name need not be text
-    replace_file(path, lambda file: file.write(content), len(content))
+    """Write a text in UTF-8 with `replace_file`."""
+    replace_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))  # file names can be any bytes
 
 
 def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[dict], digits: str = ".6g") -> None:
-    """`write_text` with a table as CSV; floats in the format `digits`, other columns of a row are left out."""
+    """Write rows as CSV with `replace_file`: floats in the format `digits`, only the given columns."""
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -85,105 +55,65 @@ def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[dict], digi
     write_text(path, table.getvalue())
 
 
-def cannot_write(path: Path, error: OSError) -> FileError:
-    """What to tell where writing `path` failed."""
-    free = "" if (space := _free(path.parent)) is None else f"; {_megabytes(space)} are free on its disk"
-    remedy = "Make room" if error.errno in FULL else "See to it that it can be"
-    return FileError(f"{path}: cannot be written ({error.strerror or error}{free}). {remedy}, or choose another "
-                     "folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir, opt.sample_dir). What was saved "
-                     "before is whole")
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The message for a failed write: the cause, the free space, and what to do."""
+    folder = next(parent for parent in path.absolute().parents if os.path.isdir(parent))
+    cause = f"{error.strerror or error}; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free on its disk"
+    return UserError(f"{path}: cannot be written ({cause}). Free some space, check its permissions and what is in its "
+                     f"place, or {OTHER_FOLDER}. Files saved earlier are intact")
 
 
-def require_room(folder: Path, size: int) -> None:
-    """Raise FileError where the disk of `folder` does not have `size` bytes left."""
-    free = _free(folder)
-    if free is not None and free < size:
-        raise FileError(f"{folder}: {_megabytes(size)} are needed, {_megabytes(free)} are free on its disk. Make room, "
-                        "or choose another folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir, opt.sample_dir)")
-
-
-def _free(folder: Path) -> int | None:
-    """Bytes left for us on the disk of a folder; None where the system does not tell."""
-    with contextlib.suppress(OSError):
-        usage = shutil.disk_usage(folder)
-        return usage.free if usage.total else None
-    return None
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, too, before the power may fail."""
-    with contextlib.suppress(OSError):  # some file systems have no such thing
-        number = os.open(folder, os.O_RDONLY)
+def make_writable(*folders: str | Path) -> None:
+    """Create these folders where they are missing. Raises UserError where one cannot be written."""
+    for folder in map(Path, folders):
         try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # no name, so no other process can remove it
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
 
-def _open_locked(path: Path, mode: str, wait: bool) -> tuple[IO, bool | None]:
-    """Open a file and lock it until it is closed, or this process ends, however it ends: no lock is ever stale.
-
-    With False where another process has it (and we do not wait), None where the file system has no locks.
-    """
-    for attempt in range(100):
-        file = open(path, mode)  # noqa: SIM115 the caller closes it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        except BlockingIOError:
-            locked = False
-        except OSError:
-            locked = None
-        if os.fstat(file.fileno()).st_nlink or attempt == 99:  # some file systems count no links
-            return file, locked
-        file.close()  # who had it has removed it meanwhile
-
-
-def remove_strays(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left below a folder."""
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the temporary files that killed processes left below a folder; those of other hosts after a day."""
     for path in folder.rglob(".*.part"):
-        if TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                file, locked = _open_locked(path, "rb+", wait=False)
-                with file:
-                    if locked:  # else its writer lives
-                        path.unlink()
-
-
-@contextlib.contextmanager
-def sole_writer(*folders: str) -> Iterator[None]:
-    """Keep other runs out of these folders until the block, or this process, ends. Raises FileError where one is in.
-    """
-    with contextlib.ExitStack() as held:
-        for folder in dict.fromkeys(Path(name).resolve() for name in folders):
-            held.enter_context(_locked_folder(folder))
-        yield
-
-
-@contextlib.contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
-    try:
-        file, locked = _open_locked(folder / LOCK, "ab+", wait=False)
-    except OSError as error:
-        raise cannot_write(folder / LOCK, error) from error
-    with file:
-        if locked is False:
-            file.seek(0)
-            owner = file.read().decode(errors="replace")
-            raise FileError(f"{folder}: another run writes there ({owner}). Wait for its end, or choose another "
-                            "folder (opt.checkpoint_dir and opt.result_dir; in sample.py opt.sample_dir)")
-        if locked is None:
-            print(f"note: {folder}: its file system has no locks, so that a second run in it would not be refused")
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}"
-        with contextlib.suppress(OSError):  # the lock holds without it, on a full disk, too
-            file.truncate(0)
-            os.write(file.fileno(), owner.encode())
-        try:
-            yield
-        finally:
+        if found := TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):
-                (folder / LOCK).unlink()
+                dead = found[1] == socket.gethostname() and not _is_running(int(found[2]))
+                if dead or time.time() - path.lstat().st_mtime > 86_400:
+                    path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(process) > 0 and process != os.getpid()  # restarted containers give the same number again
+    return False
+
+
+@contextlib.contextmanager
+def lock_folders(*folders: str | Path) -> Iterator[None]:
+    """Keep other runs out of these folders until the block ends or the process dies. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+        for path in dict.fromkeys(Path(folder).resolve() / ".lock" for folder in folders):
+            try:
+                stack.callback(os.close, directory := os.open(path.parent, os.O_RDONLY))
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+                file = stack.enter_context(open(descriptor, "r+", errors="replace"))  # refuses pipes
+                if os.fstat(descriptor).st_nlink > 1:
+                    raise OSError(errno.EMLINK, "a hard link to another file")
+            except OSError as error:
+                raise cannot_write(path, error) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the file may be deleted while the run lives
+            except BlockingIOError:
+                holder = ascii(file.read(100))[1:-1] or "unknown process"
+                raise UserError(f"{path.parent}: another run is writing there ({holder}). Wait until it ends, or "
+                                f"{OTHER_FOLDER}") from None
+            except OSError as error:
+                print(f"note: {path.parent}: cannot be locked ({error}): do not start a second run there")
+            stack.callback(path.unlink, missing_ok=True)
+            with contextlib.suppress(OSError):  # the lock holds on a full disk, too
+                file.truncate(0)
+                holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}"
+                os.pwrite(descriptor, holder.encode(), 0)  # unbuffered: nothing is left to fail when the file is closed
+        yield

@@ -1,0 +1,130 @@
+"""Is the standard deviation of translations larger where their error is larger, and as large?
+
+    python sample.py --resume_path ./checkpoints/best_refine.pth --uncertainty_samples 32
+    python -m benchmarks.uncertainty results/synthesis/translated --resume_path ./checkpoints/best_refine.pth
+
+Give the options that sample.py had, for example --data_root. Compares, in the brain of each visit whose target is
+known, desc-std with the error of desc-mean. Writes uncertainty.csv and calibration.png to the folder: root mean squares
+of both and their rank correlation (Spearman) per visit, and the error as a function of the expected error.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import spearmanr
+
+from benchmarks import run_report
+from data.cache import cached_volume, load_volume
+from data.grids import onto_grid
+from data.intensity import brain_region, scale
+from data.pairs import Pair, find_pairs
+from data.problems import raise_if_fatal
+from data.volumes import read_volume
+from synthesis.derivatives import parameters, read_sidecars
+from synthesis.model import TrainedModel, open_model
+from training.launch import choose_device
+from utils.errors import UserError
+from utils.files import replace_file, write_table
+
+COLUMNS = ("subject", "direction", "deviation", "error", "rank_correlation")
+DEVIATIONS = np.geomspace(1e-3, 1.0, 25)  # edges of the bins in which standard deviations are compared with errors
+MIN_VOXELS, CHART = 200, 420  # of a point in the calibration chart; pixels of its axes
+
+
+def reliability(deviation: np.ndarray, error: np.ndarray) -> dict:
+    """Compare the standard deviation expected in each voxel (N,) with its error (N,).
+
+    deviation, error: root mean squares. rank_correlation: Spearman's, with the absolute error; 0 if one is constant.
+    bins: [voxels, sum of variances, sum of squared errors] in each bin of DEVIATIONS, the outer ones open.
+    """
+    constant = len(error) < 2 or np.ptp(deviation) == 0 or np.ptp(np.abs(error)) == 0
+    index = np.clip(np.digitize(deviation, DEVIATIONS), 1, len(DEVIATIONS) - 1) - 1
+    sums = [np.bincount(index, values, len(DEVIATIONS) - 1) for values in (np.ones(len(error)), deviation**2, error**2)]
+    return {"deviation": math.sqrt(np.mean(deviation**2)), "error": math.sqrt(np.mean(error**2)),
+            "rank_correlation": 0.0 if constant else float(spearmanr(deviation, np.abs(error)).statistic),
+            "bins": np.stack(sums, axis=1)}
+
+
+def read_voxels(model: TrainedModel, target: str, std: Path, pair: Pair, samples: int,
+                cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Expected deviations (N,) and errors (N,) of the voxels in the brain, of [-1, 1], on the grid of training."""
+    file, metadata = cached_volume(pair.files[target], model.readings[target], cache)
+    truth, affine, (low, high) = load_volume(file), np.array(metadata["affine"]), model.ranges[target]
+    scans = [read_volume(path, "first") for path in (std, std.with_name(std.name.replace("_desc-std_", "_desc-mean_")))]
+    deviation, mean = (scan.voxels if scan.voxels.shape == truth.shape and np.allclose(scan.affine, affine, atol=1e-4)
+                       else onto_grid(scan.voxels, scan.affine, truth.shape, affine) for scan in scans)
+    deviation = deviation * 2 / (high - low) * math.sqrt(1 + 1 / samples)  # the mean of K samples has an error, too
+    brain = brain_region(truth)
+    return deviation[brain].astype(float), (scale(mean, low, high) - truth)[brain].astype(float)
+
+
+def save_chart(path: Path, curves: dict[str, np.ndarray]) -> None:
+    """Save a chart of direction -> points (N, 2), the expected and the observed error, and where these agree."""
+    largest = max(points.max() for points in curves.values())
+    step = 10.0 ** math.floor(math.log10(largest)) / 2
+    end = step * math.ceil(largest / step)
+    canvas, font = Image.new("RGB", (CHART + 150, CHART + 110), "white"), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(canvas)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 70 + x / end * CHART, CHART + 40 - y / end * CHART
+
+    for tick in np.arange(0, end + step / 2, step):
+        draw.line([at(tick, end), at(tick, 0), at(0, 0), at(0, tick), at(end, tick)], (225, 225, 225))
+        draw.text(at(tick, -end / 100), f"{tick:.3g}", "black", font, "ma")
+        draw.text(at(-end / 100, tick), f"{tick:.3g}", "black", font, "rm")
+    draw.line([at(0, 0), at(end, end)], "grey")
+    draw.text((70, 15), "Observed: root mean square error of desc-mean in the brain, of [-1, 1]", "black", font)
+    draw.text((70, CHART + 75), "Expected: standard deviation of the K samples x sqrt(1 + 1 / K)", "black", font)
+    for row, ((direction, points), colour) in enumerate(zip(curves.items(), ("blue", "darkorange"))):
+        draw.line([at(*point) for point in points], colour, 2)
+        for point in points:
+            x, y = at(*point)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+        draw.text((80, 50 + 20 * row), direction, colour, font)
+    replace_file(path, lambda file: canvas.save(file, format="PNG"))
+
+
+def write_report(folder: Path, rows: list[dict]) -> None:
+    """Write the table and the chart, and print a line per direction. rows: subject, direction, and `reliability`."""
+    write_table(folder / "uncertainty.csv", COLUMNS, rows, ".5f")
+    curves = {}
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        found = [row for row in rows if row["direction"] == direction]
+        bins, correlations = sum(row["bins"] for row in found), [row["rank_correlation"] for row in found]
+        filled = bins[bins[:, 0] >= MIN_VOXELS]
+        if len(filled):
+            curves[direction] = np.sqrt(filled[:, 1:] / filled[:, :1])
+        deviation, error = np.sqrt(bins.sum(axis=0)[1:] / bins[:, 0].sum())
+        print(f"{direction}: standard deviation {deviation:.3f}, error {error:.3f} (root mean squares in the brain, of "
+              f"[-1, 1]); rank correlation {np.mean(correlations):.2f} "
+              f"({min(correlations):.2f} .. {max(correlations):.2f})")
+    if curves:
+        save_chart(folder / "calibration.png", curves)
+
+
+def report(folder: Path, settings) -> None:
+    settings.validate()
+    model, rows = open_model(settings, choose_device(settings.device)), []
+    if parameters(folder).get("Weights") != model.provenance["Weights"]:
+        raise UserError(f"{folder}: no translations of the model opt.resume_path = {settings.resume_path!r}")
+    pairs, problems = find_pairs(Path(settings.data_root), model.modalities, tuple(settings.exclude),
+                                 settings.bids_suffix, partial=True)
+    raise_if_fatal(problems)
+    pairs = {pair.name: pair for pair in pairs}
+    for std, sidecar in read_sidecars(folder, "std"):
+        pair, target = pairs.get(sidecar["Subject"]), sidecar["Direction"].split("->")[1]
+        if pair and target in pair.files:
+            samples = sidecar["MadeWith"]["uncertainty_samples"]
+            voxels = read_voxels(model, target, std, pair, samples, Path(settings.cache_dir))
+            rows.append({"subject": pair.name, "direction": sidecar["Direction"], **reliability(*voxels)})
+    if not rows:
+        raise UserError(f"{folder}: no visit with a desc-std volume and its target in opt.data_root = "
+                        f"{settings.data_root!r}: run sample.py with --uncertainty_samples first")
+    write_report(folder, rows)
+
+
+if __name__ == "__main__":
+    run_report(report, __doc__, "folder of the translations that sample.py wrote")

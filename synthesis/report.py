@@ -1,0 +1,62 @@
+"""Tables and pictures of a tree of synthesised volumes, from the volumes and their sidecars."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data.cache import load_volume
+from data.grids import spacing_of
+from data.intensity import scale
+from data.volumes import read_volume
+from synthesis.derivatives import Visit, read_sidecar, read_sidecars, volume_path
+from utils.figures import Panel, save_grid
+from utils.files import write_table, write_text
+from utils.metrics import quality, summary, write_metrics
+
+VISITS_SHOWN = 6
+COLUMNS = ("source", "synthesised", "truth", "difference", "deviation")
+
+
+def write_scores(folder: Path) -> None:
+    """Write metrics.csv of all volumes with a truth, and print their means."""
+    rows = [{"subject": entry["Subject"], "direction": entry["Direction"], "volume": name, "region": region, **scores}
+            for description, name in (("synth", "synthesised"), ("mean", "averaged"))
+            for _, entry in read_sidecars(folder, description) for region, scores in entry["Scores"].items()]
+    if rows:
+        write_metrics(folder / "metrics.csv", rows)
+        print(summary(rows))
+
+
+def write_pair_tables(folder: Path, modalities: tuple[str, str]) -> None:
+    """Write pairs.csv, which PDS can train on, and participants.tsv of all new pairs in the tree."""
+    pairs = {}
+    for path, entry in read_sidecars(folder):
+        pair = pairs.setdefault(entry["Subject"], {"subject": entry["Subject"], "group": entry["Group"]})
+        pair[entry["Direction"].removeprefix("->")] = path.relative_to(folder).as_posix()
+    write_table(folder / "pairs.csv", ("subject", "group", *modalities), pairs.values())
+    lines = ["participant_id\tgroup", *(f"{subject}\t{pair['group'] or 'n/a'}" for subject, pair in pairs.items())]
+    write_text(folder / "participants.tsv", "\n".join(lines) + "\n")
+
+
+def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[float, float]]) -> None:
+    """Save synthesis.png with some of the visits or new pairs, one row per volume. Raises UserError."""
+    shown, rows = sorted({round(position) for position in np.linspace(0, len(visits) - 1, VISITS_SHOWN)}), []
+    volumes = [(*visits[position], source, target) for position in shown for source in visits[position][1] or ("",)
+               for target in ranges if target != source]
+    for pair, scans, source, target in volumes:
+        file, std, (low, high) = *(volume_path(folder, pair, target, kind) for kind in ("synth", "std")), ranges[target]
+        scan, scores = read_volume(file, "first"), read_sidecar(file).get("Scores")
+        volume, spacing = scale(scan.voxels, low, high), spacing_of(scan.affine)
+        panels = {"synthesised": Panel(volume, spacing, quality(scores["volume"]) if scores else "")}
+        for column, modality in (("source", source), ("truth", target)):
+            if modality in scans:
+                cached, metadata = scans[modality]
+                panels[column] = Panel(load_volume(cached), spacing_of(np.array(metadata["affine"])))
+        if "truth" in panels and panels["truth"].volume.shape == volume.shape:
+            panels["difference"] = Panel(volume - panels["truth"].volume, spacing, kind="difference")
+        if std.exists():
+            panels["deviation"] = Panel(read_volume(std, "first").voxels * 2 / (high - low), spacing, kind="deviation")
+        rows.append((f"{pair.name}\n{source}{' -> ' * bool(source)}{target}\n{pair.group}", panels))
+    columns = [column for column in COLUMNS if any(column in panels for _, panels in rows)]
+    save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)} visits", columns,
+              [(label, [panels.get(column) for column in columns]) for label, panels in rows])

@@ -1,0 +1,86 @@
+"""Checkpoints: what is refused, and what is noticed. What comes back: test_recovery.py."""
+
+import errno
+import math
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.kills import identical
+from tests.conftest import weights
+from training.checkpoint import STAGE_1, STAGE_2, Checkpoint, content_hash, read_checkpoint
+from training.ema import EMA
+from utils.errors import UserError
+
+
+def new_run(folder: Path, **changes) -> Checkpoint:
+    model = nn.Linear(2, 2)
+    metadata = {"sizes": {}, "network": {}, "ranges": {}, "affines": {}, "options": {"a": (1, 2), "b": 3},
+                "fingerprints": {"data": "x"}, **changes}
+    return Checkpoint(STAGE_1, folder, {"model": model, "ema": EMA(model, 0.9)}, metadata, math.inf)
+
+
+@pytest.fixture
+def run(tmp_path) -> Checkpoint:
+    run = new_run(tmp_path)
+    run.save(run.last)
+    return run
+
+
+def test_another_stage_version_or_program_is_refused(run, tmp_path):
+    saved, other = weights(run.last), tmp_path / "other.pth"
+    for content, message in ((saved, "is a checkpoint of stage 1, but stage 2 is needed"), ([1], "of this version"),
+                             ({**saved, "format": 1}, "is not a checkpoint of this version"),
+                             ({**saved, "stage": STAGE_2, "step": "x"}, "without step, backbone")):
+        torch.save(content, other)
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(other, (STAGE_2,))
+    with pytest.raises(UserError, match="is not a file"):
+        read_checkpoint(tmp_path, (STAGE_1,))
+    del saved["model"]["bias"]
+    torch.save(saved, run.last)
+    with pytest.raises(UserError, match="last_model.pth: does not fit this version.*Missing key"):
+        new_run(tmp_path).resume(None, set())
+
+
+def test_another_run_is_refused_with_all_differences_and_left_alone(run, tmp_path):
+    before = run.last.read_bytes()
+    with pytest.raises(UserError) as refusal:
+        new_run(tmp_path, options={"a": (1, 3), "b": 9, "new": 4}, fingerprints={"data": "y"}).resume(None, {"b"})
+    for words in ("a: (1, 2) there, (1, 3) now", "new: 'no such setting' there", "the data: not the same"):
+        assert words in str(refusal.value)
+    assert "b:" not in str(refusal.value) and run.last.read_bytes() == before
+    assert new_run(tmp_path, options={"a": [1, 2], "b": 9}).resume(None, {"b"})  # a list equals a tuple
+    stranger = new_run(tmp_path)  # another run_id, and other weights
+    assert content_hash(stranger.parts["model"]) != content_hash(run.parts["model"])
+    stranger.save(stranger.best)
+    with pytest.raises(UserError, match="belong to different runs"):
+        new_run(tmp_path).resume(None, set())
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(run):
+    path, random, noticed = run.last, np.random.default_rng(0), 0
+    content, expected = path.read_bytes(), weights(path)
+    for bit in random.integers(0, 8 * len(content), 300):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        try:
+            assert identical(read_checkpoint(path, (STAGE_1,)), expected), bit
+        except UserError as error:
+            assert str(path) in str(error)
+            noticed += 1
+    assert noticed > 100  # the rest is padding, and what a zip file holds twice
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(),
+                                   RuntimeError("[enforce fail] can't allocate memory: you tried 9 bytes")])
+def test_a_transient_error_is_not_damage(run, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(UserError, match="may be fine: fix the cause and try again"):
+        new_run(tmp_path).resume(None, set())
+    assert list(tmp_path.iterdir()) == [run.last]

@@ -1,0 +1,107 @@
+"""Stage 2 run for real on tiny pairs: what it leaves, what its settings do, what it refuses."""
+
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from tests.conftest import arguments, read_csv, refine_arguments, weights
+from tests.test_train import refusal
+
+
+def words_of(trained, study_csv, folder, *more: str) -> list[str]:
+    """Two steps on the backbone in `trained`, with its cache, in another folder."""
+    return refine_arguments(study_csv, trained, "--checkpoint_dir", str(folder / "checkpoints"), "--result_dir",
+                            str(folder / "results"), "--max_steps", "2", *more)
+
+
+def training_rows(folder) -> list[dict]:
+    return [row for row in read_csv(folder / "results/refine/log.csv") if row["kind"] == "training"]
+
+
+def test_stage_2_reports_on_the_test_subjects_and_saves_its_backbone(trained):
+    rows = read_csv(trained / "results/refine/metrics.csv")
+    split = {row["subject"]: row["role"] for row in read_csv(trained / "results/refine/split.csv")}
+    assert {split[row["subject"]] for row in rows} == {"test"}
+    assert {row["direction"] for row in rows} == {"fmri->dmri", "dmri->fmri"}
+    assert {row["volume"] for row in rows} == {"refined", "coarse", "mean"}  # the grids differ: no copy of the source
+    assert {row["region"] for row in rows} == {"volume", "brain", "pattern"}
+    assert all(0 < float(row["psnr"]) < 60 and -1 <= float(row["ssim"]) <= 1 for row in rows)
+    said = (trained / "stage2.txt").read_text()
+    assert "95 % interval" in said and "on training pairs" in said
+    assert len(list((trained / "results/refine/samples").rglob("*_refined.nii.gz"))) == 2
+    saved, backbone = (weights(trained / "checkpoints" / name) for name in ("best_refine.pth", "best_model.pth"))
+    assert saved["stage"] == "stage 2" and saved["backbone"]["stage"] == "stage 1"
+    assert not saved["backbone"].keys() & {"model", "optimiser"}
+    torch.testing.assert_close(saved["backbone"]["ema"]["model"], backbone["ema"]["model"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, epochs", [("best_refine.pth", "4"), ("last_refine.pth", "3")])
+def test_stage_2_resumes_from_its_own_checkpoint_alone(trained, study_csv, tmp_path, name, epochs):
+    """Without the backbone's file, in new folders; also where it is finished."""
+    words = arguments(study_csv, tmp_path, "--refine", "--resume_path", str(trained / "checkpoints" / name),
+                      "--refine_epochs", epochs)
+    assert main.main(words) == 0
+    assert (tmp_path / "results/refine/metrics.csv").exists()
+    assert weights(tmp_path / "checkpoints/last_refine.pth")["step"] == 2 * int(epochs)
+
+
+@pytest.mark.parametrize("more", [["--coarse", "joint", "--coarse_samples", "2"], ["--coarse", "none"],
+                                  ["--no-residual", "--no-warm_start", "--refine_optimiser", "adam"],
+                                  ["--microstructure_weight=0", "--structure_weight=0", "--perceptual_weight=0"]])
+def test_every_choice_of_stage_2_trains(trained, study_csv, tmp_path, more, capsys):
+    assert main.main(words_of(trained, study_csv, tmp_path, *more)) == 0
+    said = capsys.readouterr().out
+    assert ("on training pairs" in said) == ("none" not in more)
+    assert "VGG16" not in said or "--perceptual_weight=0" not in more
+    volumes = {row["volume"] for row in read_csv(tmp_path / "results/refine/metrics.csv")}
+    assert volumes == ({"refined", "mean"} if "none" in more else {"refined", "coarse", "mean"})
+    assert all(np.isfinite(float(row["loss"])) for row in training_rows(tmp_path))
+
+
+def no_connection(*_: object) -> None:
+    raise AssertionError("a connection was tried")
+
+
+def test_without_weights_of_vgg16_stage_2_trains_and_says_so_once(trained, study_csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket.socket, "connect", no_connection)
+    assert main.main(words_of(trained, study_csv, tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert said.count("VGG16") == 1 and str(tmp_path / "hub/hub/checkpoints/vgg16-397923af.pth") in said
+    assert not any(row["perceptual_loss"] for row in training_rows(tmp_path))
+
+
+def test_with_weights_of_vgg16_the_losses_add_up(trained, study_csv, tmp_path, vgg_weights, capsys):
+    torch.save(vgg_weights, tmp_path / "vgg.pth")
+    words = words_of(trained, study_csv, tmp_path, "--vgg_weights", str(tmp_path / "vgg.pth"))
+    assert main.main(words) == 0
+    assert "VGG16" not in capsys.readouterr().out
+    for row in training_rows(tmp_path):
+        factors = {"tissue": 1, "structure": 0.1, "microstructure": 0.1, "perceptual": 0.01}
+        total = sum(factor * float(row[f"{term}_loss"]) for term, factor in factors.items())
+        assert float(row["perceptual_loss"]) > 0 and float(row["loss"]) == pytest.approx(total, rel=1e-4)
+    torch.save({**vgg_weights, "features.0.bias": vgg_weights["features.0.bias"] + 1}, tmp_path / "vgg.pth")
+    assert "opt.perceptual_weight = 0" in refusal(capsys, words)  # another loss is another run
+
+
+def test_refinement_needs_a_backbone(study_csv, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("main.read_study", no_connection)  # before any data is read
+    assert "resume_path" in refusal(capsys, arguments(study_csv, tmp_path, "--refine"))
+    message = refusal(capsys, refine_arguments(study_csv, tmp_path))
+    assert "best_model.pth" in message and "no such checkpoint" in message
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints/last_refine.pth").symlink_to(trained / "checkpoints/last_refine.pth")
+    message = refusal(capsys, refine_arguments(study_csv, tmp_path))
+    assert "last_refine.pth, which contains its backbone" in message
+
+
+def test_a_backbone_of_another_split_or_network_is_refused(trained, study_csv, tmp_path, capsys):
+    message = refusal(capsys, words_of(trained, study_csv, tmp_path, "--fold", "1"))
+    assert "fold: 0 there, 1 now" in message and "split" in message
+    words = words_of(trained, study_csv, tmp_path, "--base_channels", "16")
+    message = refusal(capsys, words)
+    assert "opt.warm_start" in message and "channels = 8 there, 16 now" in message
+    assert main.main([*words, "--no-warm_start"]) == 0

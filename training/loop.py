@@ -1,0 +1,208 @@
+"""The training loop of both stages. Stage1 (train.py) and Stage2 (train_refine.py) say what is learned and shown."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data.grids import spacing_of
+from data.intensity import to_units
+from data.split import write_split
+from data.study import Study, steps_per_epoch, training_batch
+from data.volumes import write_volume
+from models.diffusion import Purpose, keyed_generator
+from training.checkpoint import Checkpoint
+from training.distributed import all_reduce_sum, is_main_rank, rank, shard, stop_requested_on_any_rank, wrap_ddp
+from training.ema import EMA
+from training.log import Log, write_run_record
+from training.optimise import Optimiser
+from utils.errors import UserError
+from utils.figures import Panel, save_grid
+from utils.stop import Interrupted, stop
+
+TIMED_STEPS = 10  # after the first step; then the time of an epoch is printed
+MicroBatch = tuple[str, list[int], float]  # target; places in the batch, 0 .. B - 1; weight of its loss
+
+
+class Stage:
+    """What `fit` asks of a stage. Subclasses set the attributes below, and define
+
+    begin(resumed): what is done before the first step of this process
+    micro_batches(batch, step): this rank's share of a step, [(target, places, weight), ...]
+    load(micro_batch, batch, step): its data, on the device
+    loss(network, micro_batch, data): its weighted loss, and terms for the log
+    validate(network): scores of this rank's share of the validation subjects; their mean chooses the best model
+    draw(network, step): write a sample grid; returns its path and mean scores
+    finish(run): report on the finished run
+    """
+
+    name: str  # "stage 1" or "stage 2", as in checkpoints
+    folder_name: str  # in opt.result_dir
+    save_every: int  # steps between two sample grids
+    columns: tuple[str, ...]  # of log.csv
+    metric: str  # the column of the validation
+    higher_is_better: bool
+
+    network: nn.Module  # trained
+    epochs: int
+    learning_rate: float
+    optimiser: str
+    dtype: torch.dtype
+    may_change: set[str]  # settings that may differ when a run resumes
+    resume_from: Path | None  # a checkpoint outside opt.checkpoint_dir
+
+    def __init__(self, opt, study: Study, device: torch.device):
+        self.opt, self.study, self.device = opt, study, device
+        self.folder = Path(opt.result_dir) / self.folder_name
+        first = study.roles["train"][0]
+        self.metadata = {
+            "options": opt.resolved(), "sizes": dict(study.sizes), "network": opt.network_arguments(),
+            "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint,
+                             "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
+            "ranges": {modality: study.train_range(modality) for modality in study.modalities},
+            "affines": {modality: study.affines[modality][first].tolist() for modality in study.modalities}}
+
+    def panel(self, modality: str, i: int, volume: np.ndarray, caption: str = "", **how: object) -> Panel:
+        """A volume (X, Y, Z) on the grid of pair i, for a picture."""
+        return Panel(volume, spacing_of(self.study.affines[modality][i]), caption, **how)
+
+    def write_sample(self, modality: str, i: int, volume: np.ndarray, kind: str, step: int) -> None:
+        """Write a synthesised volume (X, Y, Z) as NIfTI, in the frame of pair i and in the units of its modality."""
+        path = self.folder / "samples" / f"step_{step:06d}" / f"{self.study.pairs[i].name}_{modality}_{kind}.nii.gz"
+        write_volume(path, to_units(volume, *self.study.train_range(modality)), self.study.affines[modality][i],
+                     self.study.pairs[i].files[modality])
+
+    def write_grid(self, step: int, columns: list[str], rows: list, scores: list[dict]) -> tuple[Path, dict]:
+        """Write a sample grid; returns its path and the mean scores."""
+        path = self.folder / f"step_{step:06d}.png"
+        legend = ". Yellow outline: disease-related networks" if any(self.study.has_pattern) else ""
+        save_grid(path, f"{self.name.capitalize()}, step {step}, validation subjects{legend}", columns, rows)
+        return path, {metric: float(np.mean([each[metric] for each in scores])) for metric in ("psnr", "ssim")}
+
+
+def fit(stage: Stage) -> bool:
+    """Train until the last step or until a stop is requested; returns whether the run is finished."""
+    opt, study, members = stage.opt, stage.study, stage.study.roles["train"]
+    per_epoch = steps_per_epoch(members, opt.batch_size)
+    total = min(stage.epochs * per_epoch, opt.max_steps or math.inf)
+    ema = EMA(stage.network, opt.ema_decay)
+    optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
+                          stage.optimiser, stage.dtype == torch.float16)
+    print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
+    run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
+                     {"model": stage.network, "ema": ema, "optimiser": optimiser},
+                     stage.metadata, initial_best=-math.inf if stage.higher_is_better else math.inf)
+    resumed = run.resume(stage.resume_from, stage.may_change)
+    log = Log(stage.folder / "log.csv", stage.columns, run.step, run.run_id, opt.tensorboard)
+    if is_main_rank():
+        write_split(stage.folder / "split.csv", study.pairs, study.roles)
+        write_run_record(stage.folder / "run.json", run, opt.resolved(), type(opt)().resolved(), study.split)
+    stage.begin(resumed)
+    if not resumed:
+        ema.model.load_state_dict(stage.network.state_dict())  # stage 2 has just fitted its blend
+        run.save(run.last)
+    network, finished, start = wrap_ddp(stage.network, stage.device), False, run.step
+
+    def is_due(every: int) -> bool:
+        return run.step > 0 and (run.step % every == 0 or run.step >= total)
+
+    with tqdm(total=total, initial=run.step, unit="step") as bar:
+        while not stop_requested_on_any_rank():
+            # ---- Validate, draw and save, at the top: a resumed run first does what is due at its step
+            epoch = math.ceil(run.step / per_epoch)
+            if is_due(per_epoch * opt.validate_every):
+                value = mean_over_ranks(stage.validate(ema.model))
+                if stop_requested_on_any_rank():
+                    break
+                record_validation(stage, run, log, epoch, value)
+            if is_due(stage.save_every):
+                if is_main_rank():
+                    with contextlib.suppress(Interrupted):  # the ranks meet below
+                        picture, scores = stage.draw(ema.model, run.step)
+                        log.write("samples", run.step, epoch=epoch, **scores)
+                        log.picture(picture, run.step)
+                if stop_requested_on_any_rank():
+                    break
+            if is_due(per_epoch) or is_due(opt.checkpoint_every):
+                run.save(run.last)
+            if run.step >= total:
+                finished = True
+                break
+
+            # ---- One step: load, forward, loss, backward, optimiser
+            epoch, batch = run.step // per_epoch + 1, training_batch(members, opt.batch_size, opt.seed, run.step)
+            torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, run.step, rank()).initial_seed())  # dropout
+            loss, terms = torch.zeros((), device=stage.device), {}
+            micro_batches = stage.micro_batches(batch, run.step)
+            for number, micro_batch in enumerate(micro_batches, start=1):
+                data = stage.load(micro_batch, batch, run.step)
+                network.require_backward_grad_sync = number == len(micro_batches)  # only DDP reads it
+                part, part_terms = stage.loss(network, micro_batch, data)
+                optimiser.scale(part).backward()
+                loss = loss + part.detach()
+                terms = {name: terms.get(name, 0.0) + value.detach() for name, value in part_terms.items()}
+            values = optimiser.step(loss, f"step {run.step + 1} with {', '.join(study.pairs[i].name for i in batch)}")
+            if values["taken"]:
+                ema.update(stage.network)
+
+            # ---- Count and log
+            run.step += 1
+            if terms:
+                values |= zip(terms, all_reduce_sum(*torch.stack(list(terms.values())).tolist()))
+            log.write("training", run.step, epoch=epoch, **values)
+            bar.update()
+            bar.set_description(f"{stage.name}, epoch {epoch}/{stage.epochs}")
+            bar.set_postfix_str(f"loss {values['loss']:.4f}")
+            if run.step == start + 1:  # the first step also warms up
+                clock = time.perf_counter()
+            if run.step == start + 1 + TIMED_STEPS:
+                seconds = (time.perf_counter() - clock) / TIMED_STEPS
+                bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.1f} min per epoch, "
+                          f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)")
+    if not finished:
+        run.save(run.last)
+        print(f"Stopped at step {run.step} of {total} ({stop.reason}); run the same command to resume.", flush=True)
+        return False
+    stage.finish(run)
+    return True
+
+
+def split_jobs(jobs: list[tuple[str, int]], accumulate: int) -> list[MicroBatch]:
+    """This rank's share of the jobs (target, place in the batch) of a step, one micro-batch or `accumulate` per target.
+
+    The weight is 1. A rank without a job computes the first one with weight 0, so that DDP can synchronise.
+    """
+    mine, micro_batches = shard(jobs), []
+    for target in dict.fromkeys(target for target, _ in mine or jobs[:1]):
+        places = [place for each, place in mine or jobs[:1] if each == target]
+        micro_batches += [(target, part.tolist(), float(bool(mine)))
+                          for part in np.array_split(places, min(accumulate, len(places)))]
+    return micro_batches
+
+
+def mean_over_ranks(values: Iterable[float]) -> float:
+    """The mean of the values of all ranks; of those so far where a stop is requested."""
+    total = count = 0
+    with contextlib.suppress(Interrupted):  # the ranks meet in the sum
+        for value in values:
+            total, count = total + value, count + 1
+    total, count = all_reduce_sum(total, count)
+    return total / max(1, count)
+
+
+def record_validation(stage: Stage, run: Checkpoint, log: Log, epoch: int, value: float) -> None:
+    """Log a validation, and save the best model. Raises UserError where the value is not finite."""
+    if not math.isfinite(value):
+        raise UserError(f"step {run.step}: the validation is not finite. Start again in another opt.checkpoint_dir "
+                        'with a lower learning rate or opt.precision = "fp32"')
+    log.write("validation", run.step, epoch=epoch, **{stage.metric: value})
+    tqdm.write(f"step {run.step:6d}  epoch {epoch:4d}  validation {stage.metric} {value:.4f}")
+    if (value > run.best_value) if stage.higher_is_better else (value < run.best_value):
+        run.best_value = value
+        run.save(run.best)
