@@ -111,9 +111,10 @@ def any_rank(flag: object) -> bool:
 
 def stop_requested_on_any_rank() -> bool:
     """All ranks call this at the same step and then leave at the same step."""
-    if any_rank(stop) and not stop.reason:
+    requested = any_rank(stop)  # not this rank's flag, which a signal may set while the ranks agree
+    if requested and not stop.reason:
         stop.reason = "another rank received a signal"
-    return bool(stop.reason)
+    return requested
 
 
 def same_on_all_ranks(*values: object) -> bool:

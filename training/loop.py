@@ -163,7 +163,7 @@ def fit(stage: Stage) -> bool:
                 clock = time.perf_counter()
             if run.step == start + 1 + TIMED_STEPS:
                 seconds = (time.perf_counter() - clock) / TIMED_STEPS
-                bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.1f} min per epoch, "
+                bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.2g} min per epoch, "
                           f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)")
     if not finished:
         run.save(run.last)
