@@ -12,6 +12,8 @@ import pytest
 import main
 from tests.conftest import CHILD, PROGRAM, ROOT, Child, arguments, read_csv, signalled, weights, write_pairs
 from tests.test_recovery import assert_same_state, hidden_files, wait_for_rows
+from training import distributed
+from utils.stop import stop
 
 
 def torchrun(*words: str, program: str = "main.py") -> subprocess.Popen:
@@ -121,3 +123,13 @@ def test_torchrun_stops_all_ranks_and_also_where_one_dies(pairs, both, tmp_path,
     assert errors.count("PDS stopped because another rank ended") == (victim == 1)  # the main rank says so
     assert main.main([*words, "--max_steps", str(step + 1)]) == 0 and not hidden_files(tmp_path)
     assert f"at step {step}" in capsys.readouterr().out
+
+
+def test_a_signal_while_the_ranks_agree_counts_at_the_next_step(monkeypatch):
+    def late_signal(flag: float) -> list[float]:
+        stop.reason = "received SIGTERM"
+        return [flag]
+
+    monkeypatch.setattr(stop, "reason", "")
+    monkeypatch.setattr(distributed, "all_reduce_sum", late_signal)
+    assert not distributed.stop_requested_on_any_rank() and distributed.stop_requested_on_any_rank()
