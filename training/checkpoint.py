@@ -82,7 +82,7 @@ class Checkpoint:
             self.best_value = found[self.best]["best"] if self.best in found else self.initial_best
             print(f"Resuming {newest} at step {self.step}.")
             if self.best not in found:
-                print(f"note: {self.best} is missing; the next validation writes it again")
+                print(f"note: {self.best} is missing; the model of the next validation takes its place as the best")
         if not same_on_all_ranks(self.step, self.best_value, self.metadata["options"], self.metadata["fingerprints"]):
             raise UserError(f"{self.last}: the ranks do not all see the same checkpoints, data or settings; all "
                             "machines must share opt.checkpoint_dir and hold the same opt.py and data")
@@ -109,8 +109,9 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
     """
     if not path.is_file():
         what = "is not a file" if path.exists() else "there is no such checkpoint"
-        raise UserError(f"{path}: {what}. Set opt.resume_path to one that exists: best_model.pth to start stage 2, "
-                        "last_refine.pth, which contains its backbone, to resume it")
+        raise UserError(f"{path}: {what}. Move away what is in its place, and set opt.resume_path to a checkpoint that "
+                        "exists: best_model.pth to start stage 2, last_refine.pth, which contains its backbone, to "
+                        "resume it; leave it empty for stage 1")
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not check the records' CRCs
             if any(record.compress_type != zipfile.ZIP_STORED or record.external_attr & DIRECTORY
