@@ -64,16 +64,22 @@ class Options(Settings):
     # fraction of the other folds' subjects that is held out to choose the best checkpoint
     validation_fraction: float = setting(0.15, at_least=0, below=1, affects="data")
 
-    # ---- Model (both stages)
-    unet_depth: int = setting(3, at_least=1, at_most=6)  # resolution levels; each halves the grid, doubles the channels
-    base_channels: int = setting(32, at_least=8)  # channels at the finest level; a multiple of 8
-    res_blocks: int = setting(1, at_least=1)  # residual blocks per level
-    output_blocks: int = setting(2, at_least=1)  # residual blocks on the target's grid, where source features join
-    patch_size: int = setting(2, at_least=1, at_most=8)  # space-to-depth, in voxels: 1 is published, 2 much faster
-    # "late" (published): noisy target and source features meet only at the output;
-    fusion: Literal["late", "early"] = "early"  # "early": the U-Net also receives the target, the output the source
-    attention_tokens: int = setting(1024, at_least=0)  # self-attention on levels of up to this many positions; 0: off
-    dropout: float = setting(0.0, at_least=0, below=1)  # dropout probability in the residual blocks
+    # ---- Model (both stages: stage 2 trains the network of stage 1 on)
+    # resolution levels; each halves the grid and doubles the channels
+    unet_depth: int = setting(3, at_least=1, at_most=6, affects="network")
+    base_channels: int = setting(32, at_least=8, affects="network")  # channels at the finest level; a multiple of 8
+    res_blocks: int = setting(1, at_least=1, affects="network")  # residual blocks per level
+    # residual blocks on the target's grid, where source features join
+    output_blocks: int = setting(2, at_least=1, affects="network")
+    # space-to-depth, in voxels: 1 is published, 2 much faster
+    patch_size: int = setting(2, at_least=1, at_most=8, affects="network")
+    # "late" (published): noisy target and source features meet only at the output; "early": the U-Net also receives the
+    # target, the output the source
+    fusion: Literal["late", "early"] = setting("early", affects="network")
+    # self-attention on levels of up to this many positions; 0: off
+    attention_tokens: int = setting(1024, at_least=0, affects="network")
+    # dropout probability in the residual blocks
+    dropout: float = setting(0.0, at_least=0, below=1, affects="network")
 
     # ---- Diffusion (stage 1)
     timesteps: int = setting(1000, at_least=2, affects="stage 1")  # T of the cosine noise schedule
@@ -104,12 +110,12 @@ class Options(Settings):
     vgg_download: bool = setting(False, affects="nothing")  # download the file into that cache if missing (528 MB)
 
     # ---- Training
-    optimiser: Literal["adam", "muon"] = setting("adam", affects="stage 1")  # for "muon" halve learning_rate
-    # of stage 2: on the demo "muon" ends 1.1 dB above "adam" (published) after 240 steps that take 1.15 times as long
+    # "muon" needs far fewer steps than "adam" (published), each of which takes 1.15 times as long
+    optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")  # of stage 1; for "adam" double the rate
     refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")
-    # stage 1: peak rate of Adam, after warm-up and before cosine decay; Muon's is 20 times as high
-    learning_rate: float = setting(2e-3, above=0, at_most=1, affects="stage 1")
-    refine_learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 2")  # stage 2: peak rate, as above
+    # stage 1: rate of Adam, after warm-up and until the last quarter, in which it decays; Muon's is 20 times as high
+    learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 1")
+    refine_learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 2")  # stage 2: as above
     batch_size: int = setting(4, at_least=1)  # pairs per optimiser step, over all ranks together
     # micro-batches that each batch is split into: less memory, the same gradient (except that dropout draws anew)
     accumulate: int = setting(1, at_least=1, affects="nothing")
@@ -127,13 +133,9 @@ class Options(Settings):
     seed: int = setting(0, at_least=0, affects="data")  # of the split, data order, initial weights and all noise
 
     # ---- Refinement (stage 2)
-    # coarse volume: sampled "given" the source, "joint" (published) without it, or "none": the mean volume, to compare
-    coarse: Literal["given", "joint", "none"] = setting("given", affects="stage 2")
-    coarse_samples: int = setting(8, at_least=1, affects="sampling")  # averaged per target; training averages a subset
-    # probability that training replaces the coarse volume with the mean training volume
-    coarse_dropout: float = setting(0.1, at_least=0, below=1, affects="stage 2")
-    residual: bool = setting(True, affects="stage 2")  # add to the best linear blend of coarse and source, not to zero
-    warm_start: bool = setting(True, affects="stage 2")  # start from the trunk of the stage-1 network, not at random
+    # "expected": start as stage 1's expected volume given the source. To compare, start with random weights, from a
+    # "joint" sample of stage 1, which does not know the source (published), or from nothing: "none", a plain regression
+    coarse: Literal["expected", "joint", "none"] = setting("expected", affects="stage 2")
 
     # ---- Output
     checkpoint_dir: str = setting("./checkpoints", affects="nothing")  # folder of {best,last}_{model,refine}.pth
@@ -151,7 +153,9 @@ class Options(Settings):
     joint_samples: int = setting(0, at_least=0, below=10**6, affects="sample.py")
     # grid of a translation: the source file's, or the target file's (without one: training's, over the source's view)
     output_space: Literal["target", "source"] = setting("target", affects="sample.py")
-    # also write the mean (refined, after stage 2) and the voxel-wise standard deviation of this many samples; 0: none
+    # 0: the expected volume, with the least error but blurry; 1: with the texture of a sample; or between
+    realism: float = setting(0.0, at_least=0, at_most=1, affects="sample.py")
+    # also write the voxel-wise standard deviation of this many samples; 0: none
     uncertainty_samples: int = setting(0, at_least=0, affects="sample.py")
 
     as_dict = dataclasses.asdict  # setting -> plain Python value, in the order of this file
@@ -238,9 +242,9 @@ def paper() -> Options:
     return Options(
         image_size={"fmri": (64, 64, 36), "dmri": (96, 96, 60)}, unet_depth=4, base_channels=64, res_blocks=2,
         output_blocks=1, patch_size=1, fusion="late", attention_tokens=16384, timestep_coupling="shared",
-        prediction="epsilon", loss="l1", sampler="ddim", sampling_steps=20, learning_rate=1e-6,
+        prediction="epsilon", loss="l1", sampler="ddim", sampling_steps=20, optimiser="adam", learning_rate=1e-6,
         refine_optimiser="adam", refine_learning_rate=1e-5, batch_size=1, epochs=300, refine_epochs=300,
-        warmup_steps=500, ema_decay=0.9999, coarse="joint", coarse_samples=1, structure_weight=0.0,
+        warmup_steps=500, ema_decay=0.9999, coarse="joint", structure_weight=0.0,
         validate_every=1)
 
 

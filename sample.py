@@ -77,9 +77,9 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
     for source, batch in interruptible(tqdm(shard(batches), desc="synthesising", unit="batch", disable=None)):
         targets = [modality for modality in model.modalities if modality != source]
         samples, missing = opt.uncertainty_samples if source else 0, []
-        for (i, (pair, scans)), target, kind in itertools.product(enumerate(batch), targets, ("synth", "mean", "std")):
+        for (i, (pair, scans)), target, kind in itertools.product(enumerate(batch), targets, ("synth", "std")):
             made_with = {**provenance, "Scans": {name: metadata["content"] for name, (_, metadata) in scans.items()}}
-            if kind != "synth" and samples:
+            if kind == "std" and samples:
                 made_with["uncertainty_samples"] = samples
             path = derivatives.volume_path(folder, pair, target, kind)
             if not derivatives.is_complete(path, made_with) and (samples or kind == "synth"):
@@ -87,14 +87,15 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
         names = [pair.name for pair, _ in batch]
         if missing and source:
             sources = np.stack([load_volume(scans[source][0]) for _, scans in batch])
-            made = model.translate(source, *targets, sources, [name_key(name) for name in names], samples)
+            made = model.translate(source, *targets, sources, [name_key(name) for name in names],
+                                   opt.realism, samples)
         elif missing:
             made = model.draw([int(name[-6:]) for name in names], [pair.group for pair, _ in batch])  # their number
         for i, target, kind, path, made_with in missing:
             (pair, scans), volume, (low, high) = batch[i], made[kind if source else target][i], model.ranges[target]
             affines = {modality: np.array(metadata["affine"]) for modality, (_, metadata) in scans.items()}
             affine, scores = affines.get(target, model.affines[target]), {}
-            if target in scans and kind != "std":
+            if target in scans and kind == "synth":
                 truth = load_volume(scans[target][0])
                 scores = score(volume, truth, {"brain": brain_region(truth)})
             elif source and target not in scans:  # lies to the source as in the first training pair
@@ -114,7 +115,7 @@ def run(settings) -> int:
     with process_group(device), contextlib.ExitStack() as stack:
         model = open_model(settings, device)
         provenance = model.provenance | ({} if joint else {
-            "coarse_samples": model.options["coarse_samples"], "output_space": settings.output_space})
+            "realism": settings.realism, "output_space": settings.output_space})
         with local_main_first():
             visits = (new_pairs if joint else read_visits)(settings, model)
             derivatives.refuse_name_clashes(folder, [pair for pair, _ in visits])

@@ -9,7 +9,6 @@ Volumes are {modality: (B, 1, X, Y, Z)} in [-1, 1]. The loop is training/loop.py
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from data.augment import augmentation, load_batch, to_device
 from data.split import groups_to_learn
 from data.study import Study
-from models.diffusion import Diffusion, Purpose, Volumes, keyed_generator, keyed_noise, training_timesteps
+from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
 from models.losses import x0_error
 from models.prior import Prior
 from models.samplers import Sampling
@@ -30,7 +29,7 @@ from opt import names_affecting
 from training.checkpoint import STAGE_1, Checkpoint
 from training.distributed import is_main_rank, shard
 from training.launch import compute_dtype
-from training.loop import MicroBatch, Stage, split_jobs
+from training.loop import MicroBatch, Stage
 from utils.figures import save_grid
 from utils.metrics import quality, score
 from utils.stop import interruptible
@@ -44,8 +43,9 @@ STRIP_COLUMNS = 6  # of the picture from noise to volume
 
 class Stage1(Stage):
     name, folder_name, save_every = STAGE_1, "stage1", save_every
-    columns = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error", "psnr", "ssim")
-    metric, higher_is_better = "x0_error", False
+    columns = ("kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "x0_error", "translation_error",
+               "psnr", "ssim")
+    higher_is_better = False
 
     def __init__(self, opt, study: Study, device: torch.device):
         super().__init__(opt, study, device)
@@ -57,6 +57,7 @@ class Stage1(Stage):
         self.dtype = compute_dtype(opt.precision, device)
         self.prior = Prior(self.network, Diffusion(opt.timesteps, opt.prediction), opt.timestep_coupling, study.sizes,
                            device, self.dtype, groups)
+        self.metrics = ("x0_error", "translation_error") if self.prior.has_expected_volume else ("x0_error",)
         self.epochs, self.learning_rate, self.optimiser = opt.epochs, opt.learning_rate, opt.optimiser
         self.metadata["groups"] = list(groups)
         if groups:
@@ -69,37 +70,28 @@ class Stage1(Stage):
         if is_main_rank() and self.opt.pattern_weight:
             self.draw_pattern()
 
-    def micro_batches(self, batch: list[int], step: int) -> list[MicroBatch]:
-        """A modality that is given (t = 0) is not predicted, and does not count in the mean."""
-        times = self.timesteps(step, list(range(len(batch))))
-        noisy = [(modality, place) for modality, t in times.items() for place in range(len(batch)) if t[place] > 0]
-        counts = Counter(modality for modality, _ in noisy)
-        return [(target, places, weight / counts[target] / len(times))
-                for target, places, weight in split_jobs(noisy, self.opt.accumulate)]
-
-    def timesteps(self, step: int, places: list[int]) -> Volumes:
-        return training_timesteps(self.opt.timestep_coupling, self.opt.timesteps, self.study.modalities,
-                                  [(self.opt.seed, Purpose.TIMESTEPS, step, place) for place in places])
-
     def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
-        """Volumes, masks, noise and timesteps by modality, and group indices; noise is keyed by (seed, step, place)."""
-        (_, places, _), opt, group = micro_batch, self.opt, None
-        x0, masks = load_batch(self.study, [batch[place] for place in places],
-                               augmentation(opt, self.study, step, places), self.device)
-        noise = keyed_noise(self.study.sizes, *((opt.seed, Purpose.TRAINING, step, place) for place in places))
-        t = self.timesteps(step, places)
+        """Volumes, masks, noise and timesteps by modality, and group indices; keyed by (seed, step, place, target)."""
+        (target, places, _), opt, study, group = micro_batch, self.opt, self.study, None
+        x0, masks = load_batch(study, [batch[place] for place in places], augmentation(opt, study, step, places),
+                               self.device)
+        source, keys = self.network.source(target), [(step, place, study.modalities.index(target)) for place in places]
+        noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
+        times = training_timesteps(opt.timestep_coupling, opt.timesteps,
+                                   [(opt.seed, Purpose.TIMESTEPS, *key) for key in keys])
+        t = dict(zip((source, target), times))
+        noise[target][(t[source] == 0) & (t[target] == opt.timesteps)] = 0  # the expected volume
         if self.prior.groups:
-            shown = [self.shows_group(step, place, [int(times[n]) for times in t.values()])
-                     for n, place in enumerate(places)]
-            group = self.prior.group_indices([self.study.pairs[batch[place]].group if show else ""
+            shown = [self.shows_group(key, pair_times) for key, *pair_times in zip(keys, *times)]
+            group = self.prior.group_indices([study.pairs[batch[place]].group if show else ""
                                               for place, show in zip(places, shown)])
         noise, t = ({modality: to_device(each, self.device) for modality, each in values.items()}
                     for values in (noise, t))
         return x0, masks, noise, t, group
 
-    def shows_group(self, step: int, place: int, times: list[int]) -> bool:
+    def shows_group(self, key: tuple[int, ...], times: list[Tensor]) -> bool:
         """Whether the network sees a pair's group: never in a translation, which should often help to find it."""
-        draw = torch.rand((), generator=keyed_generator(self.opt.seed, Purpose.GROUP, step, place))
+        draw = torch.rand((), generator=keyed_generator(self.opt.seed, Purpose.GROUP, *key))
         return all(times) and bool(draw >= GROUP_DROPOUT)
 
     def loss(self, network: nn.Module, micro_batch: MicroBatch, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,13 +99,14 @@ class Stage1(Stage):
         x0, masks, noise, t, group = data
         losses = replace(self.prior, network=network).loss(target, x0, noise, t, group, masks[target],
                                                            self.opt.pattern_weight, self.opt.loss)
-        return weight * losses.sum(), {}
+        return weight * losses.mean(), {}
 
     @torch.no_grad()
-    def validate(self, network: nn.Module) -> Iterator[float]:
-        """Unweighted mean absolute errors in x0 of the validation subjects, with the same noise every time.
+    def validate(self, network: nn.Module) -> Iterator[tuple[str, float]]:
+        """Unweighted mean absolute errors in x0 of the validation subjects, of both uses of the model.
 
-        Both modalities are noised to the same t, so the number is comparable between all settings.
+        x0_error: both modalities are noised to the same t, with the same noise every time, so the number is comparable
+        between all settings. translation_error: of the expected volumes, given the other modality.
         """
         prior, members, size = replace(self.prior, network=network), self.study.roles["validation"], self.opt.batch_size
         jobs = itertools.product(VALIDATION_TIMES, range(0, len(members), size))
@@ -126,7 +119,13 @@ class Stage1(Stage):
             xt = {modality: prior.diffusion.add_noise(volume, to_device(noise[modality], self.device), t[modality])
                   for modality, volume in x0.items()}
             for modality, output in prior.predict(xt, t).items():
-                yield from x0_error(prior.diffusion.to_x0(xt[modality], output, t[modality]), x0[modality]).tolist()
+                errors = x0_error(prior.diffusion.to_x0(xt[modality], output, t[modality]), x0[modality])
+                yield from (("x0_error", error) for error in errors.tolist())
+        for i in interruptible(shard(members if prior.has_expected_volume else [])):
+            x0 = {modality: to_device(volume, self.device) for modality, volume in self.study.volumes([i]).items()}
+            for source, target in network.directions:
+                error = x0_error(prior.expected(target, x0[source]), x0[target])
+                yield "translation_error", error.item()
 
     def draw(self, network: nn.Module, step: int) -> tuple[Path, dict[str, float]]:
         """Real, translated and jointly sampled volumes of validation subjects; always the same subjects and noise."""
@@ -136,7 +135,7 @@ class Stage1(Stage):
         keys = [(opt.seed, Purpose.PICTURES, i) for i in shown]
         sampling = Sampling(opt.sampler, opt.sampling_steps, opt.eta)
         joint = prior.sample(keys, sampling, groups=[study.pairs[i].group for i in shown], record=states)
-        translated = {target: prior.sample(keys, sampling, {source: real[source]})[target]
+        translated = {target: prior.translate(target, real[source], keys, sampling)
                       for source, target in prior.network.directions}
         for (place, i), modality in itertools.product(enumerate(shown), study.modalities):
             volumes = {kind: each[modality][place, 0].cpu().numpy()
@@ -175,6 +174,6 @@ class Stage1(Stage):
         save_grid(path, "Red: where the loss has more weight", ["the slices with most of it"], rows)
 
     def finish(self, run: Checkpoint) -> None:
-        print(f"Stage 1 is finished: {run.step} steps, best validation x0 error {run.best_value:.4f}. To train longer, "
-              f"raise opt.epochs.\nPictures: {self.folder}. Model: {run.best}\n"
+        print(f"Stage 1 is finished: {run.step} steps, best validation error {run.best_value:.4f} (mean of "
+              f"{' and '.join(self.metrics)}). To train longer, raise opt.epochs.\nPictures: {self.folder}. Model: {run.best}\n"
               f"Next: run the same command with --refine --resume_path {run.best}")

@@ -1,4 +1,4 @@
-"""Stage 2: refine each modality from the other one and from the coarse volume of the frozen stage-1 model.
+"""Stage 2: train the stage-1 network on as a translator of each modality into the other one.
 
     python main.py --refine --resume_path ./checkpoints/best_model.pth
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from data.augment import augmentation, load_batch, to_device
 from data.intensity import brain_region
 from data.study import Study
-from models.losses import blend_weights, load_perceptual_loss, microstructure_loss, structure_loss, tissue_loss
+from models.losses import load_perceptual_loss, microstructure_loss, structure_loss, tissue_loss
 from models.prior import Prior
-from models.refine import Refiner
-from models.unet import NetworkConfig
+from models.translator import Translator
+from models.unet import DualModalUNet, NetworkConfig
 from opt import names_affecting
 from training.checkpoint import STAGE_1, STAGE_2, UNFIT, Checkpoint, content_hash, read_checkpoint, refuse_another_run
 from training.coarse import CoarseVolumes
 from training.distributed import is_main_rank, local_main_first, shard
 from training.launch import compute_dtype
-from training.loop import MicroBatch, Stage, split_jobs
+from training.loop import MicroBatch, Stage
 from utils.errors import UserError
 from utils.metrics import psnr, quality, score, summary, write_metrics
 from utils.stop import interruptible
@@ -41,7 +41,7 @@ class Stage2(Stage):
     name, folder_name, save_every = STAGE_2, "refine", save_every
     columns = ("kind", "step", "epoch", "loss", "tissue_loss", "structure_loss", "microstructure_loss",
                "perceptual_loss", "gradient_norm", "learning_rate", "psnr", "ssim")
-    metric, higher_is_better = "psnr", True
+    metrics, higher_is_better = ("psnr",), True
 
     def __init__(self, opt, study: Study, device: torch.device, state: dict):
         super().__init__(opt, study, device)
@@ -51,11 +51,13 @@ class Stage2(Stage):
         prior_hash = content_hash(self.prior.network)
         self.coarse = CoarseVolumes(opt, study, self.prior, prior_hash)
         torch.manual_seed(opt.seed)
-        self.network = Refiner(study.sizes, NetworkConfig(**opt.network_arguments())).to(device)
-        self.network.set_means(study.mean_volumes())
-        self.network.set_recompute(opt.gradient_checkpointing)
-        if opt.warm_start:
-            self.network.start_from(self.prior.network, self.prior.diffusion.timesteps // 2)
+        network = DualModalUNet(study.sizes, NetworkConfig(**backbone["network"]), len(self.prior.groups)).to(device)
+        if opt.coarse == "expected":  # start as the prior's answer
+            network.load_state_dict(self.prior.network.state_dict())
+        else:
+            network.set_means(study.mean_volumes(self.prior.groups))
+        network.set_recompute(opt.gradient_checkpointing)
+        self.network = Translator(network, self.prior.diffusion.timesteps)
         with local_main_first():  # one rank per machine downloads
             perceptual = load_perceptual_loss(opt.vgg_weights, opt.vgg_download) if opt.perceptual_weight else None
         self.perceptual = perceptual and perceptual.to(device)
@@ -74,35 +76,17 @@ class Stage2(Stage):
 
     def begin(self, resumed: bool) -> None:
         self.coarse.prepare()
-        if not resumed:
-            self.fit_blend()
-
-    def fit_blend(self) -> None:
-        """Start the residual path of each direction from the best linear blend of its candidates (or from nothing).
-
-        Fitted on the validation subjects: coarse volumes of training subjects look better than those of new ones.
-        """
-        members = self.study.roles["validation"]
-        truth = {modality: volume.to(self.device) for modality, volume in self.study.volumes(members).items()}
-        for source, target in self.network.directions:
-            candidates = self.network.candidates(truth[source], self.coarse.volumes(target, members).to(self.device))
-            blend = blend_weights(truth[target], candidates)
-            self.network.net(target).blend.copy_(blend if self.opt.residual else torch.zeros_like(blend))
-
-    def micro_batches(self, batch: list[int], step: int) -> list[MicroBatch]:
-        directions = self.network.directions
-        jobs = [(target, place) for _, target in directions for place in range(len(batch))]
-        return [(target, places, weight * len(places) / len(batch) / len(directions))
-                for target, places, weight in split_jobs(jobs, self.opt.accumulate)]
 
     def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
-        """Source, truth, mask of the truth and coarse volume, each (B, 1, X, Y, Z)."""
+        """Source, truth, mask of the truth and, if the network is given one, coarse volume, each (B, 1, X, Y, Z)."""
         target, places, _ = micro_batch
         members, transform = [batch[place] for place in places], augmentation(self.opt, self.study, step, places)
         volumes, masks = load_batch(self.study, members, transform, self.device)
-        coarse = self.coarse.varied(target, members, step, places)
-        coarse = to_device(transform.volume(target, coarse) if transform else coarse, self.device)
-        return volumes[self.network.source(target)], volumes[target], masks[target], coarse
+        coarse = None
+        if self.opt.coarse == "joint":
+            coarse = self.coarse.volumes(target, members)
+            coarse = to_device(transform.volume(target, coarse) if transform else coarse, self.device)
+        return volumes[self.prior.network.source(target)], volumes[target], masks[target], coarse
 
     def loss(self, network: nn.Module, micro_batch: MicroBatch, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         target, _, weight = micro_batch
@@ -119,25 +103,26 @@ class Stage2(Stage):
         return weight * loss, logged
 
     @torch.no_grad()
-    def refined(self, network: Refiner, target: str, i: int) -> Tensor:
+    def refined(self, network: Translator, target: str, i: int) -> Tensor:
         """The refined volume (1, 1, X, Y, Z) of pair i in [-1, 1], on the CPU."""
-        source = self.study.volumes([i])[network.source(target)].to(self.device)
+        source = self.study.volumes([i])[self.prior.network.source(target)].to(self.device)
+        coarse = self.coarse.volumes(target, [i]).to(self.device) if self.opt.coarse == "joint" else None
         with self.prior.autocast():
-            return network(target, source, self.coarse.volumes(target, [i]).to(self.device)).clamp(-1, 1).cpu()
+            return network(target, source, coarse).clamp(-1, 1).cpu()
 
-    def validate(self, network: Refiner) -> Iterator[float]:
+    def validate(self, network: Translator) -> Iterator[tuple[str, float]]:
         """PSNR in dB of the refined validation volumes, both directions."""
         for i in interruptible(shard(self.study.roles["validation"])):
             truth = self.study.volumes([i])
-            yield from [psnr((self.refined(network, target, i) - truth[target])[0].numpy())
-                        for _, target in network.directions]
+            for _, target in self.prior.network.directions:
+                yield "psnr", psnr((self.refined(network, target, i) - truth[target]).numpy())
 
-    def draw(self, network: Refiner, step: int) -> tuple[Path, dict[str, float]]:
+    def draw(self, network: Translator, step: int) -> tuple[Path, dict[str, float]]:
         """Source, coarse, refined, truth and difference of validation subjects; the refined volumes as NIfTI."""
         study, rows, scores = self.study, [], []
         for i in interruptible(study.roles["validation"][:self.opt.num_samples]):
             pair, real, masks = study.pairs[i], study.volumes([i]), study.masks([i])
-            for source, target in network.directions:
+            for source, target in self.prior.network.directions:
                 coarse, refined = self.coarse.volumes(target, [i]), self.refined(network, target, i)
                 coarse, refined, truth = (each[0, 0].numpy() for each in (coarse, refined, real[target]))
                 coarse_scores, refined_scores = (score(each, truth, {})["volume"] for each in (coarse, refined))
@@ -155,20 +140,20 @@ class Stage2(Stage):
         """Score the best model on the test subjects: metrics.csv, and a table."""
         if not is_main_rank():
             return
-        rows = self.report(Refiner.from_checkpoint(read_checkpoint(run.best, (STAGE_2,)), self.device))
+        self.network.load_state_dict(read_checkpoint(run.best, (STAGE_2,))["ema"]["model"])
+        rows = self.report(self.network.eval())
         write_metrics(self.folder / "metrics.csv", rows)
-        gap = "" if self.opt.coarse == "none" else f"{self.coarse.generalisation_gap()}\n"
         print(f"\nStage 2 is finished: {run.step} steps, best validation PSNR {run.best_value:.2f} dB. On the "
-              f"{len(self.study.roles['test'])} test pairs:\n{summary(rows)}\n{gap}"
+              f"{len(self.study.roles['test'])} test pairs:\n{summary(rows)}\n"
               f"Metrics: {self.folder / 'metrics.csv'}. Pictures: {self.folder}. Model: {run.best}\n"
               "To train longer, raise opt.refine_epochs.")
 
-    def report(self, network: Refiner) -> list[dict]:
+    def report(self, network: Translator) -> list[dict]:
         """Rows of metrics.csv: every test pair, direction, volume (refined, coarse, mean, source) and region."""
         study, rows = self.study, []
         for i in interruptible(study.roles["test"]):
             real, masks = study.volumes([i]), study.masks([i])
-            for source, target in network.directions:
+            for source, target in self.prior.network.directions:
                 truth = real[target][0, 0].numpy()
                 regions = {"brain": brain_region(truth), "pattern": masks[target][0, 0].numpy() > 0}
                 candidates = {"refined": self.refined(network, target, i), "coarse": self.coarse.volumes(target, [i]),
@@ -186,18 +171,21 @@ class Stage2(Stage):
 def open_prior(opt, study: Study, backbone: dict, device: torch.device, dtype: torch.dtype) -> Prior:
     """The frozen stage-1 model. Raises UserError where it was trained on other data, or cannot start this stage 2."""
     options = opt.resolved()
-    refuse_another_run(Path(opt.resume_path), backbone, {name: options[name] for name in names_affecting("data")},
+    refuse_another_run(Path(opt.resume_path), backbone,
+                       {name: options[name] for name in names_affecting("data", "network")},
                        {"data": study.fingerprint, "split": study.split_fingerprint},
                        "Use the data and settings of its training, or another opt.resume_path")
     if opt.sampling_steps > backbone["options"]["timesteps"]:
         raise UserError(f"opt.sampling_steps = {opt.sampling_steps}: the backbone in {opt.resume_path} has "
                         f"{backbone['options']['timesteps']} timesteps; choose at most that many")
-    differences = [f"{name} = {backbone['network'].get(name)!r} there, {value!r} now"
-                   for name, value in opt.network_arguments().items() if backbone["network"].get(name) != value]
-    if opt.warm_start and differences:
-        raise UserError(f"opt.warm_start = True: the backbone in {opt.resume_path} has another network "
-                        f"({'; '.join(differences)}). Use the same settings, or opt.warm_start = False")
     try:
-        return Prior.from_checkpoint(backbone, device, dtype)
+        prior = Prior.from_checkpoint(backbone, device, dtype)
     except UNFIT as error:
         raise UserError(f"{opt.resume_path}: its weights do not fit its own network ({error})") from error
+    if opt.coarse == "expected" and not prior.has_expected_volume:
+        raise UserError(f'opt.coarse = "expected": {opt.resume_path} was trained with opt.prediction = '
+                        f"{prior.diffusion.prediction!r} and opt.timestep_coupling = {prior.coupling!r}, which have no "
+                        "expected volume: at t = T, an error of epsilon is magnified 20,000-fold, and with shared "
+                        'timesteps the source is noise, too. Use opt.coarse = "joint", or train stage 1 with "v" and '
+                        '"independent"')
+    return prior

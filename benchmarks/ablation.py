@@ -1,8 +1,8 @@
 """Which settings are worth it: variants of one stage, trained with equal steps or equal time, over several seeds.
 
     python -m benchmarks.ablation --steps 200 --seeds 3                                 [any options of main.py]
-    python -m benchmarks.ablation --stage 2 --minutes 3 --variants default "no prior" "joint prior"
-    python -m benchmarks.ablation --steps 200 --variants default muon --add "muon=--optimiser muon --learning_rate 1e-3"
+    python -m benchmarks.ablation --stage 2 --minutes 3 --variants default "regression only" "joint prior"
+    python -m benchmarks.ablation --steps 200 --variants default L1 --add "L1=--loss l1 --learning_rate 5e-4"
 
 Trains every variant and seed with `python main.py` in a folder of its own; stage 2 refines one stage 1 per seed, of the
 same length. Minutes become steps by each variant's own time per step (benchmarks/step.py). Run the same command to
@@ -27,11 +27,11 @@ from utils.files import write_table, write_text
 from utils.metrics import paired_gain
 
 VARIANTS = {
-    1: {"default": "", "timesteps shared": "--timestep_coupling shared", "epsilon": "--prediction epsilon",
+    1: {"default": "", "Adam": "--optimiser adam --learning_rate 2e-3",
+        "timesteps shared": "--timestep_coupling shared", "epsilon": "--prediction epsilon",
         "fusion late": "--fusion late", "loss L1": "--loss l1", "pattern weight 0": "--pattern_weight 0",
         "published topology": "--fusion late --res_blocks 2 --output_blocks 1 --patch_size 1"},
-    2: {"default": "", "no prior": "--coarse none", "no stage 1": "--coarse none --no-warm_start",
-        "joint prior": "--coarse joint", "random trunk": "--no-warm_start", "no residual path": "--no-residual",
+    2: {"default": "", "regression only": "--coarse none", "joint prior": "--coarse joint",
         "no microstructure loss": "--microstructure_weight 0", "no structure loss": "--structure_weight 0",
         "Adam": "--refine_optimiser adam"}}
 COLUMNS = ("variant", "seed", "steps", "validation", "psnr", "ssim")

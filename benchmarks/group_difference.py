@@ -39,10 +39,7 @@ def voxels_inside(study: Study, model: TrainedModel, members: list[int]) -> Maps
             key, kinds = [name_key(study.pairs[i].name)], found[f"{source}->{target}"]
             kinds["real"].append(volumes[target][0][inside[target]])
             for kind, translator in (("coarse", prior_only), ("refined", model)):
-                if kind == "coarse" and model.options["coarse"] == "none":
-                    translated = model.refiner.mean(target)[0].cpu().numpy()
-                else:
-                    translated = translator.translate(source, target, volumes[source], key)["synth"]
+                translated = translator.translate(source, target, volumes[source], key)["synth"]
                 kinds[kind].append(translated[0][inside[target]])
     return {direction: {kind: np.stack(each) for kind, each in kinds.items()} for direction, kinds in found.items()}
 

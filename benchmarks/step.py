@@ -5,9 +5,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.step --presets small --ranks 1 2 --batch_size 8     [any options of main.py]
 
 Each case trains a stage on random volumes with the program's own loop, in a process of its own: some steps to warm up,
-then the timed ones, then the same steps again to count their operations. Stage 2 refines the mean volume from random
-weights, which is as much work as with coarse volumes. With several ranks, batch_size pairs are shared by all of them,
-and the peak is that of the main rank. With --json: one list on standard output.
+then the timed ones, then the same steps again to count their operations. With several ranks, batch_size pairs are
+shared by all of them, and the peak is that of the main rank. With --json: one list on standard output.
 """
 
 import argparse
@@ -62,7 +61,6 @@ def new_stage(number: int, settings, study: Study, device: torch.device) -> Stag
     stage = Stage1(settings, study, device)
     if number == 2:
         state = {**stage.metadata, "stage": STAGE_1, "step": 0, "ema": {"model": stage.network.state_dict()}}
-        settings.coarse, settings.warm_start = "none", False  # nothing to sample first
         stage = Stage2(settings, study, device, state)
     stage.save_every = 10**9
     return stage
@@ -72,13 +70,13 @@ def train_steps(stage: Stage, warmup: int, steps: int, counter: FlopCounterMode 
     """Train with `fit`; returns, per step after the warm-up, seconds, seconds of loading and operations: (steps, 3)."""
     marks, loading, micro_batches, load = [], 0.0, stage.micro_batches, stage.load
 
-    def marked_micro_batches(batch: list[int], step: int) -> list:  # `fit` calls this where a step begins
+    def marked_micro_batches(batch: list[int]) -> list:  # `fit` calls this where a step begins
         if stage.device.type == "cuda":
             torch.cuda.synchronize(stage.device)
         marks.append((time.perf_counter(), loading, counter.get_total_flops() if counter else 0))
-        if step == warmup + steps:
+        if len(marks) == warmup + steps + 1:
             raise Interrupted
-        return micro_batches(batch, step)
+        return micro_batches(batch)
 
     def timed_load(*arguments: object) -> tuple:
         nonlocal loading

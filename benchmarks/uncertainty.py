@@ -4,18 +4,18 @@
     python -m benchmarks.uncertainty results/synthesis/translated --resume_path ./checkpoints/best_refine.pth
 
 Give the options that sample.py had, for example --data_root. Compares, in the brain of each visit whose target is
-known, desc-std with the error of desc-mean. Writes uncertainty.csv and calibration.png to the folder: root mean squares
-of both and their rank correlation (Spearman) per visit, and the error as a function of the expected error.
+known, desc-std with the error of desc-synth. Writes uncertainty.csv and calibration.png to the folder: root mean
+squares of both and their rank correlation (Spearman) per visit, and the error as a function of the expected error.
 """
 
 import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
 
 from benchmarks import run_report
+from benchmarks.chart import save_chart
 from data.cache import cached_volume, load_volume
 from data.grids import onto_grid
 from data.intensity import brain_region, scale
@@ -26,11 +26,11 @@ from synthesis.derivatives import parameters, read_sidecars
 from synthesis.model import TrainedModel, open_model
 from training.launch import choose_device
 from utils.errors import UserError
-from utils.files import replace_file, write_table
+from utils.files import write_table
 
 COLUMNS = ("subject", "direction", "deviation", "error", "rank_correlation")
 DEVIATIONS = np.geomspace(1e-3, 1.0, 25)  # edges of the bins in which standard deviations are compared with errors
-MIN_VOXELS, CHART = 200, 420  # of a point in the calibration chart; pixels of its axes
+MIN_VOXELS = 200  # of a point in the calibration chart
 
 
 def reliability(deviation: np.ndarray, error: np.ndarray) -> dict:
@@ -47,44 +47,18 @@ def reliability(deviation: np.ndarray, error: np.ndarray) -> dict:
             "bins": np.stack(sums, axis=1)}
 
 
-def read_voxels(model: TrainedModel, target: str, std: Path, pair: Pair, samples: int,
+def read_voxels(model: TrainedModel, target: str, std: Path, pair: Pair,
                 cache: Path) -> tuple[np.ndarray, np.ndarray]:
     """Expected deviations (N,) and errors (N,) of the voxels in the brain, of [-1, 1], on the grid of training."""
     file, metadata = cached_volume(pair.files[target], model.readings[target], cache)
     truth, affine, (low, high) = load_volume(file), np.array(metadata["affine"]), model.ranges[target]
-    scans = [read_volume(path, "first") for path in (std, std.with_name(std.name.replace("_desc-std_", "_desc-mean_")))]
-    deviation, mean = (scan.voxels if scan.voxels.shape == truth.shape and np.allclose(scan.affine, affine, atol=1e-4)
+    synthesised = std.with_name(std.name.replace("_desc-std_", "_desc-synth_"))
+    scans = [read_volume(path, "first") for path in (std, synthesised)]
+    deviation, made = (scan.voxels if scan.voxels.shape == truth.shape and np.allclose(scan.affine, affine, atol=1e-4)
                        else onto_grid(scan.voxels, scan.affine, truth.shape, affine) for scan in scans)
-    deviation = deviation * 2 / (high - low) * math.sqrt(1 + 1 / samples)  # the mean of K samples has an error, too
+    deviation = deviation * 2 / (high - low)
     brain = brain_region(truth)
-    return deviation[brain].astype(float), (scale(mean, low, high) - truth)[brain].astype(float)
-
-
-def save_chart(path: Path, curves: dict[str, np.ndarray]) -> None:
-    """Save a chart of direction -> points (N, 2), the expected and the observed error, and where these agree."""
-    largest = max(points.max() for points in curves.values())
-    step = 10.0 ** math.floor(math.log10(largest)) / 2
-    end = step * math.ceil(largest / step)
-    canvas, font = Image.new("RGB", (CHART + 150, CHART + 110), "white"), ImageFont.load_default(14)
-    draw = ImageDraw.Draw(canvas)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 70 + x / end * CHART, CHART + 40 - y / end * CHART
-
-    for tick in np.arange(0, end + step / 2, step):
-        draw.line([at(tick, end), at(tick, 0), at(0, 0), at(0, tick), at(end, tick)], (225, 225, 225))
-        draw.text(at(tick, -end / 100), f"{tick:.3g}", "black", font, "ma")
-        draw.text(at(-end / 100, tick), f"{tick:.3g}", "black", font, "rm")
-    draw.line([at(0, 0), at(end, end)], "grey")
-    draw.text((70, 15), "Observed: root mean square error of desc-mean in the brain, of [-1, 1]", "black", font)
-    draw.text((70, CHART + 75), "Expected: standard deviation of the K samples x sqrt(1 + 1 / K)", "black", font)
-    for row, ((direction, points), colour) in enumerate(zip(curves.items(), ("blue", "darkorange"))):
-        draw.line([at(*point) for point in points], colour, 2)
-        for point in points:
-            x, y = at(*point)
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-        draw.text((80, 50 + 20 * row), direction, colour, font)
-    replace_file(path, lambda file: canvas.save(file, format="PNG"))
+    return deviation[brain].astype(float), (scale(made, low, high) - truth)[brain].astype(float)
 
 
 def write_report(folder: Path, rows: list[dict]) -> None:
@@ -102,7 +76,8 @@ def write_report(folder: Path, rows: list[dict]) -> None:
               f"[-1, 1]); rank correlation {np.mean(correlations):.2f} "
               f"({min(correlations):.2f} .. {max(correlations):.2f})")
     if curves:
-        save_chart(folder / "calibration.png", curves)
+        save_chart(folder / "calibration.png", curves, "expected: standard deviation of the samples, of [-1, 1]",
+                   "observed: root mean square error in the brain, of [-1, 1]", diagonal=True)
 
 
 def report(folder: Path, settings) -> None:
@@ -117,8 +92,7 @@ def report(folder: Path, settings) -> None:
     for std, sidecar in read_sidecars(folder, "std"):
         pair, target = pairs.get(sidecar["Subject"]), sidecar["Direction"].split("->")[1]
         if pair and target in pair.files:
-            samples = sidecar["MadeWith"]["uncertainty_samples"]
-            voxels = read_voxels(model, target, std, pair, samples, Path(settings.cache_dir))
+            voxels = read_voxels(model, target, std, pair, Path(settings.cache_dir))
             rows.append({"subject": pair.name, "direction": sidecar["Direction"], **reliability(*voxels)})
     if not rows:
         raise UserError(f"{folder}: no visit with a desc-std volume and its target in opt.data_root = "

@@ -21,7 +21,8 @@ class Purpose(IntEnum):
     TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT, AUGMENT, JOINT, GROUP = range(10)
 
 
-GIVEN_FRACTION = 0.75  # of the training draws in which one modality is given clean (docs/measurements.md)
+GIVEN_FRACTION = 0.75  # of a direction's training draws in which the source is given clean (docs/measurements.md)
+EXPECTED_FRACTION = 0.5  # of these, in which the target is at T, without noise: the expected volume
 MAX_BETA = 0.999  # as published with the cosine schedule: keeps alpha_bar_T above 0
 Volumes = dict[str, Tensor]
 
@@ -85,25 +86,22 @@ class Diffusion:
         return x0.clamp(-1, 1) if clip else x0
 
 
-def training_timesteps(coupling: str, timesteps: int, modalities: tuple[str, str],
-                       keys: list[tuple[int, ...]]) -> Volumes:
-    """Timesteps {modality: (B,)} for training on pairs with these keys.
+def training_timesteps(coupling: str, timesteps: int, keys: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Timesteps of source and target, each (B,), for training a direction on pairs with these keys.
 
-    "shared": one t for both. "independent": one each, and in GIVEN_FRACTION of the draws one of the two, each as
-    often, is given clean (t = 0), so the same network learns to translate. The other's t is then the larger of two
-    draws: the source matters most where the target is still noise.
+    "shared": one t for both. "independent": one each, and in GIVEN_FRACTION of the draws the source is given clean
+    (t = 0), so that the network learns to translate, too. The target's t is then T in EXPECTED_FRACTION of them, else
+    the larger of two draws: the source matters most where the target is noise.
     """
-    drawn = {name: [] for name in modalities}
+    drawn = []
     for key in keys:
         generator = keyed_generator(*key)
-        t = torch.randint(1, timesteps + 1, (2,), generator=generator).tolist()
+        first, second = torch.randint(1, timesteps + 1, (2,), generator=generator).tolist()
+        case = float(torch.rand((), generator=generator)) / GIVEN_FRACTION
         if coupling == "shared":
-            t = [t[0], t[0]]
+            drawn.append((first, first))
+        elif case >= 1:
+            drawn.append((first, second))
         else:
-            case = float(torch.rand(1, generator=generator)) / GIVEN_FRACTION
-            if case < 1:
-                t = [max(t)] * 2
-                t[int(2 * case)] = 0
-        for name, each in zip(modalities, t):
-            drawn[name].append(each)
-    return {name: torch.tensor(each) for name, each in drawn.items()}
+            drawn.append((0, timesteps if case < EXPECTED_FRACTION else max(first, second)))
+    return torch.tensor([t for t, _ in drawn]), torch.tensor([t for _, t in drawn])

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from models.diffusion import Diffusion, Volumes, keyed_noise
 from models.losses import pattern_aware_loss
 from models.samplers import Denoiser, Sampling, ddim, dpmpp, timestep_spacing
+from models.translator import Translator
 from models.unet import DualModalUNet, NetworkConfig
 from utils.stop import Interrupted, stop
+
+EXPECTED_WEIGHT = 4.0  # in the loss (docs/measurements.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +52,35 @@ class Prior:
 
     def loss(self, target: str, x0: Volumes, noise: Volumes, t: Volumes, group: Tensor | None, mask: Tensor,
              pattern_weight: float, kind: str) -> Tensor:
-        """The pattern-aware loss (B,) of predicting one modality from both noisy volumes. mask: (B, 1, X, Y, Z)."""
+        """The pattern-aware loss (B,) of predicting one modality from both noisy volumes. mask: (B, 1, X, Y, Z).
+
+        Expected volumes weigh EXPECTED_WEIGHT as much: where noise is predicted, errors are several times as large.
+        """
         xt = {modality: self.diffusion.add_noise(x0[modality], noise[modality], t[modality]) for modality in x0}
         predicted = self.predict(xt, t, {target}, group)[target]
         wanted = self.diffusion.target(x0[target], noise[target], t[target])
-        return pattern_aware_loss(predicted, wanted, mask, pattern_weight, kind)
+        loss = pattern_aware_loss(predicted, wanted, mask, pattern_weight, kind)
+        source, = x0.keys() - {target}
+        expected = (t[source] == 0) & (t[target] == self.diffusion.timesteps)
+        return torch.where(expected, EXPECTED_WEIGHT * loss, loss)
+
+    @property
+    def has_expected_volume(self) -> bool:
+        """Whether one evaluation at t = T translates: epsilon would be magnified by 1 / sqrt(alpha_bar_T), over 20,000,
+        and with shared timesteps the source is noise at T, too."""
+        return self.diffusion.prediction == "v" and self.coupling == "independent"
+
+    @torch.no_grad()
+    def expected(self, target: str, volume: Tensor) -> Tensor:
+        """The expected volume E[x0 | source] of a modality (models/translator.py), from source volumes."""
+        with self.autocast():
+            return Translator(self.network, self.diffusion.timesteps)(target, volume.to(self.device)).clamp(-1, 1)
+
+    def translate(self, target: str, volume: Tensor, keys: list[tuple[int, ...]], sampling: Sampling) -> Tensor:
+        """The expected volume, or one sample per key where the model has none."""
+        if self.has_expected_volume:
+            return self.expected(target, volume)
+        return self.sample(keys, sampling, {self.network.source(target): volume})[target]
 
     def group_indices(self, groups: list[str]) -> Tensor:
         """The networks' numbers (B,) of these groups: from 1, and 0 for every other name."""

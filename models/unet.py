@@ -1,8 +1,7 @@
 """The networks of PDS: a 3-D U-Net body per direction, and the dual-modal model made of two of them.
 
 One direction (source -> target): the body runs on the source's grid; its features are resampled to the target's grid,
-joined with a stem of the target, and an output block predicts on the target's grid. Any grid size works. Stage 1 passes
-noisy volumes and timesteps; stage 2 (models/refine.py) the source and the coarse target, without timesteps.
+joined with a stem of the target, and an output block predicts on the target's grid. Any grid size works.
 """
 
 from collections.abc import Collection
@@ -84,20 +83,22 @@ class DirectionNet(nn.Module):
 
     `mean`, (1 + groups, 1, Xt, Yt, Zt), holds the target's mean training volume, then that of each group; scans of a
     study show the same body part in about the same place, which convolutions alone cannot know. fusion "early" also
-    gives the target to the body and the source to the stem, each resampled to the other's grid. With timesteps, the
-    noisy target is added to the output with a learned gain per timestep, so the convolutions need not carry the noise;
-    so is the difference of the group's mean, which is small beside the variation between subjects.
+    gives the target to the body and the source to the stem, each resampled to the other's grid.
+
+    Noisy target, source and mean also reach the output directly, each with a learned gain per pair of timesteps, so
+    that the convolutions need carry neither the noise nor what is already there; so does the difference of the group's
+    mean, which is small beside the variation between subjects.
     """
 
-    def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], config: NetworkConfig, *,
-                 timesteps: bool, groups: int = 0):
+    def __init__(self, source_size: tuple[int, ...], target_size: tuple[int, ...], config: NetworkConfig,
+                 groups: int = 0):
         super().__init__()
         channels, patch = config.channels, config.patch
         self.patch, self.early, self.channels = patch, config.fusion == "early", channels
-        emb_channels = 4 * channels if timesteps else 0
+        emb_channels = 4 * channels
         self.embed = nn.ModuleList(nn.Sequential(nn.Linear(2 * channels, emb_channels), nn.SiLU(),
                                                  nn.Linear(emb_channels, emb_channels))
-                                   for _ in range(2 * timesteps))  # the source's timestep and the target's
+                                   for _ in range(2))  # the source's timestep and the target's
         self.register_buffer("mean", torch.zeros(1 + groups, 1, *target_size))
         inputs = patch**3 * (3 if self.early else 2)
         self.body = UNet(inputs, emb_channels, tuple(-(-n // patch) for n in source_size), config)
@@ -105,46 +106,46 @@ class DirectionNet(nn.Module):
         self.output = res_blocks(config.output_blocks, 2 * channels, channels, emb_channels, config.dropout)
         self.norm = nn.GroupNorm(8, channels)
         self.head = Conv3d(channels, patch**3, 3, padding=1)
-        self.gain = nn.Linear(emb_channels, 1) if timesteps else None
+        self.gain = nn.Linear(emb_channels, 4 if groups else 3)
         self.group = nn.Embedding(1 + groups, emb_channels) if groups else None  # row 0: no group given
-        self.group_gain = nn.Linear(emb_channels, 1) if groups else None
-        for layer in filter(None, (self.head, self.gain, self.group, self.group_gain)):
+        for layer in filter(None, (self.head, self.gain, self.group)):
             for weight in layer.parameters():
                 nn.init.zeros_(weight)
 
-    def condition(self, t_source: Tensor, t_target: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps and group, each (B,), as the network sees them: mean (B, 1, X, Y, Z), embedding (B, 4 channels)."""
+    def forward(self, source: Tensor, target: Tensor, t_source: Tensor, t_target: Tensor, group: Tensor) -> Tensor:
+        """Volumes as above; timesteps and group indices are (B,)."""
         emb = sum(embed(timestep_embedding(t, 2 * self.channels)) for embed, t in zip(self.embed, (t_source, t_target)))
-        return self.mean[group], emb if self.group is None else emb + self.group(group)
-
-    def forward(self, source: Tensor, target: Tensor, mean: Tensor, emb: Tensor | None = None) -> Tensor:
+        if self.group is not None:
+            emb = emb + self.group(group)
+        mean, source_there = self.mean[group], resize_to(source, target.shape[2:])
         to_body, to_stem = [source, resize_to(mean, source.shape[2:])], [target, mean]
         if self.early:  # before `to_patches`: afterwards a resampling could not place what is inside a patch
             to_body.append(resize_to(target, source.shape[2:]))
-            to_stem.append(resize_to(source, target.shape[2:]))
+            to_stem.append(source_there)
         features = self.body(to_patches(torch.cat(to_body, dim=1), self.patch), emb)
         stem = self.target_stem(to_patches(torch.cat(to_stem, dim=1), self.patch))
         h = torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1)
         for block in self.output:
             h = block(h, emb)
         h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
-        if self.gain is not None:
-            h = h + self.gain(F.silu(emb)).float()[:, :, None, None, None] * target
-        if self.group_gain is not None:
-            h = h + self.group_gain(F.silu(emb)).float()[:, :, None, None, None] * (mean - self.mean[:1])
+        direct = [target, source_there, self.mean[:1].expand_as(target), mean - self.mean[:1]]
+        for gain, volume in zip(self.gain(F.silu(emb)).float().unbind(1), direct):  # the last one with groups only
+            h = h + gain.view(-1, 1, 1, 1, 1) * volume
         return h
 
 
-class PairedNetworks(nn.Module):
-    """One DirectionNet per target; with two modalities the source is the other one. sizes: modality -> (X, Y, Z)."""
+class DualModalUNet(nn.Module):
+    """One DirectionNet per target; with two modalities the source is the other one. sizes: modality -> (X, Y, Z).
 
-    def __init__(self, sizes: dict[str, tuple[int, int, int]], config: NetworkConfig, *, timesteps: bool,
-                 groups: int = 0):
+    Stage 1 trains it to predict epsilon or v (models/diffusion.py); stage 2 trains it on at t = (0, T)
+    (models/translator.py). groups: how many it distinguishes.
+    """
+
+    def __init__(self, sizes: dict[str, tuple[int, int, int]], config: NetworkConfig, groups: int = 0):
         super().__init__()
         self.sizes = {modality: tuple(size) for modality, size in sizes.items()}
         self.directions = tuple(permutations(sizes, 2))  # (source, target)
-        self.nets = nn.ModuleDict({f"to_{target}": DirectionNet(sizes[source], sizes[target], config,
-                                                                timesteps=timesteps, groups=groups)
+        self.nets = nn.ModuleDict({f"to_{target}": DirectionNet(sizes[source], sizes[target], config, groups)
                                    for source, target in self.directions})
         self.to(memory_format=torch.channels_last_3d)  # the fastest layout for convolutions on CPUs and GPUs
 
@@ -166,24 +167,12 @@ class PairedNetworks(nn.Module):
         for _, target in self.directions:
             self.net(target).mean.copy_(means[target])
 
-
-class DualModalUNet(PairedNetworks):
-    """The model of stage 1. Its prediction is epsilon or v: see models/diffusion.py. groups: how many it distinguishes.
-    """
-
-    def __init__(self, sizes: dict[str, tuple[int, int, int]], config: NetworkConfig, groups: int = 0):
-        super().__init__(sizes, config, timesteps=True, groups=groups)
-
     def forward(self, xt: dict[str, Tensor], t: dict[str, Tensor], targets: Collection[str] | None = None,
                 group: Tensor | None = None) -> dict[str, Tensor]:
         """Noisy volumes {modality: (B, 1, X, Y, Z)} and timesteps {modality: (B,)} -> {target: prediction}.
 
         targets: what to predict (all by default). group: (B,) from 1; 0, or None, where no group is given.
         """
-        predictions = {}
-        for source, target in self.directions:
-            if targets is None or target in targets:
-                net = self.net(target)
-                mean, emb = net.condition(t[source], t[target], torch.zeros_like(t[target]) if group is None else group)
-                predictions[target] = net(xt[source], xt[target], mean, emb)
-        return predictions
+        return {target: self.net(target)(xt[source], xt[target], t[source], t[target],
+                                         torch.zeros_like(t[target]) if group is None else group)
+                for source, target in self.directions if targets is None or target in targets}

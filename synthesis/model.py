@@ -11,8 +11,9 @@ from torch import Tensor
 from data.cache import Reading
 from models.diffusion import Purpose
 from models.prior import Prior
-from models.refine import Refiner
 from models.samplers import Sampling
+from models.translator import Translator
+from models.unet import DualModalUNet, NetworkConfig
 from training.checkpoint import STAGE_1, STAGE_2, UNFIT, content_hash, read_checkpoint
 from training.launch import compute_dtype
 from utils.errors import UserError
@@ -28,7 +29,7 @@ class TrainedModel:
     """Networks, the settings to use them with, and how files become volumes."""
 
     prior: Prior
-    refiner: Refiner | None  # None: the prior alone translates
+    refiner: Translator | None  # None: the prior alone translates
     options: dict  # settings to sample with
     sampling: Sampling  # of these
     provenance: dict  # all that its volumes depend on in common, in plain values
@@ -37,38 +38,40 @@ class TrainedModel:
     ranges: dict[str, tuple[float, float]]  # intensities, in file units, of -1 and 1
     affines: dict[str, np.ndarray]  # (4, 4), RAS, of the first training pair
 
-    def translate(self, source: str, target: str, volumes: np.ndarray, keys: list[int],
+    def translate(self, source: str, target: str, volumes: np.ndarray, keys: list[int], realism: float = 0.0,
                   uncertainty_samples: int = 0) -> dict[str, np.ndarray]:
         """Source volumes (B, X, Y, Z) -> {description: target volumes}. keys: of the noise, one per volume.
 
-        "synth": the (refined) mean of opt.coarse_samples samples of the prior. With uncertainty_samples also "mean",
-        the same from that many samples, and "std", their standard deviation. Raises Interrupted.
+        "synth": what the model expects, plus realism x what a sample of the prior adds to the prior's expected volume:
+        the straight line from the least error (0) to a sample's texture (1), which is the best trade of both (Freirich
+        et al. 2021). With uncertainty_samples also "std", the standard deviation of so many samples. Raises
+        Interrupted.
         """
-        volumes = torch.from_numpy(volumes)[:, None].to(self.prior.device)
-        counts = {"synth": self.options["coarse_samples"]}
+        given = torch.from_numpy(volumes)[:, None].to(self.prior.device)
+        noise_keys = [(self.options["seed"], Purpose.COARSE, key, 0) for key in keys]
+        if self.refiner:
+            joint = self.options["coarse"] == "joint"
+            coarse = self.prior.sample(noise_keys, self.sampling)[target] if joint else None
+            with self.prior.autocast():
+                volume = self.refiner(target, given, coarse).clamp(-1, 1)
+        else:
+            volume = self.prior.translate(target, given, noise_keys, self.sampling)
+        if realism:
+            texture = self._samples(source, target, given, keys, 1) - self.prior.expected(target, given)
+            volume = (volume + realism * texture).clamp(-1, 1)
+        translated = {"synth": volume[:, 0].float().cpu().numpy()}
         if uncertainty_samples:
-            counts["mean"] = uncertainty_samples
-        samples = self._coarse_samples(source, target, volumes, keys, max(counts.values()))  # (B, count, X, Y, Z)
-        translated = {}
-        for description, count in counts.items():
-            volume = samples[:, :count].mean(dim=1, keepdim=True)
-            if self.refiner:
-                with self.prior.autocast():
-                    volume = self.refiner(target, volumes, volume).clamp(-1, 1)
-            translated[description] = volume[:, 0].float().cpu().numpy()
-        if uncertainty_samples:
-            variance = samples[:, :uncertainty_samples].var(dim=1).cpu().numpy()
-            translated["std"] = np.sqrt(gaussian_filter(variance, STD_SMOOTHING_VOXELS, axes=(1, 2, 3)))
+            samples = self._samples(source, target, given, keys, uncertainty_samples)
+            translated["std"] = np.sqrt(gaussian_filter(samples.var(dim=1).cpu().numpy(), STD_SMOOTHING_VOXELS,
+                                                        axes=(1, 2, 3)))
         return translated
 
-    def _coarse_samples(self, source: str, target: str, volumes: Tensor, keys: list[int], count: int) -> Tensor:
-        if self.options["coarse"] == "none":
-            return self.refiner.mean(target).expand(len(keys), -1, -1, -1, -1)
+    def _samples(self, source: str, target: str, given: Tensor, keys: list[int], count: int) -> Tensor:
+        """Samples of the prior, (B, count, X, Y, Z)."""
         noise_keys = [(self.options["seed"], Purpose.COARSE, key, k) for key in keys for k in range(count)]
-        sources, samples, size = volumes.repeat_interleave(count, dim=0), [], self.options["batch_size"]
+        sources, samples, size = given.repeat_interleave(count, dim=0), [], self.options["batch_size"]
         for batch in (slice(start, start + size) for start in range(0, len(noise_keys), size)):
-            given = {source: sources[batch]} if self.options["coarse"] == "given" else {}
-            samples.append(self.prior.sample(noise_keys[batch], self.sampling, given)[target])
+            samples.append(self.prior.sample(noise_keys[batch], self.sampling, {source: sources[batch]})[target])
         return torch.cat(samples).unflatten(0, (len(keys), count))[:, :, 0]
 
     def draw(self, numbers: list[int], groups: list[str]) -> dict[str, np.ndarray]:
@@ -79,28 +82,36 @@ class TrainedModel:
         return {modality: volumes[:, 0].cpu().numpy() for modality, volumes in drawn.items()}
 
 
+def open_refiner(state: dict, prior: Prior) -> Translator:
+    """The frozen EMA model of a stage-2 checkpoint's content. Raises RuntimeError where its weights do not fit."""
+    network = DualModalUNet(state["sizes"], NetworkConfig(**state["network"]), len(prior.groups))
+    refiner = Translator(network, prior.diffusion.timesteps)
+    refiner.load_state_dict(state["ema"]["model"])
+    return refiner.to(prior.device).eval().requires_grad_(False)
+
+
 def open_model(opt, device: torch.device) -> TrainedModel:
     """Open the checkpoint in opt.resume_path; new pairs are drawn by its prior alone. Raises UserError."""
     if not opt.resume_path:
         raise UserError('opt.resume_path = "": give a trained model, for example "./checkpoints/best_refine.pth"')
     state = read_checkpoint(Path(opt.resume_path), (STAGE_1, STAGE_2))
     trained, stage = state["options"], STAGE_1 if opt.joint_samples else state["stage"]
-    options = {**(trained if stage == STAGE_2 else opt.resolved() | {"coarse": "given"}), "batch_size": opt.batch_size}
+    options = {**(trained if stage == STAGE_2 else opt.resolved()), "batch_size": opt.batch_size}
     try:
         prior = Prior.from_checkpoint(state.get("backbone", state), device, compute_dtype(opt.precision, device))
-        refiner = Refiner.from_checkpoint(state, device) if stage == STAGE_2 else None
+        refiner = open_refiner(state, prior) if stage == STAGE_2 else None
         readings = {modality: Reading(modality, tuple(size), trained["reduce"][modality], trained["resize"],
                                       trained["intensity"][modality]) for modality, size in state["sizes"].items()}
         ranges, affines = state["ranges"], {name: np.array(affine, float) for name, affine in state["affines"].items()}
     except UNFIT as error:
         raise UserError(f"{opt.resume_path}: does not fit this version of PDS ({error}); train again") from error
-    if opt.uncertainty_samples and options["coarse"] != "given":
-        raise UserError(f"opt.uncertainty_samples: {opt.resume_path} was refined with opt.coarse = "
-                        f"{trained['coarse']!r}, so its samples do not depend on the source; set it to 0")
+    if opt.realism and not prior.has_expected_volume:
+        raise UserError(f"opt.realism = {opt.realism}: {opt.resume_path} has no expected volume (opt.prediction = "
+                        f"{prior.diffusion.prediction!r}, opt.timestep_coupling = {prior.coupling!r}); set it to 0")
     sampling, timesteps = Sampling(*(options[name] for name in SAMPLING_OPTIONS[:3])), prior.diffusion.timesteps
     if sampling.steps > timesteps:
         raise UserError(f"opt.sampling_steps = {sampling.steps}: the model has {timesteps} timesteps; use fewer steps")
-    if ignored := [name for name in (*SAMPLING_OPTIONS, "coarse_samples") if getattr(opt, name) != options[name]]:
+    if ignored := [name for name in SAMPLING_OPTIONS if getattr(opt, name) != options[name]]:
         print(f"note: stage 2 translates as it was trained; ignored: opt.{', opt.'.join(ignored)}")
     provenance = {"Stage": stage, "Weights": [content_hash(network) for network in (prior.network, refiner) if network],
                   "Training": {name: state["fingerprints"][name] for name in ("data", "split")},

@@ -19,9 +19,9 @@ COLUMNS = ("source", "synthesised", "truth", "difference", "deviation")
 
 def write_scores(folder: Path) -> None:
     """Write metrics.csv of all volumes with a truth, and print their means."""
-    rows = [{"subject": entry["Subject"], "direction": entry["Direction"], "volume": name, "region": region, **scores}
-            for description, name in (("synth", "synthesised"), ("mean", "averaged"))
-            for _, entry in read_sidecars(folder, description) for region, scores in entry["Scores"].items()]
+    rows = [{"subject": entry["Subject"], "direction": entry["Direction"], "volume": "synthesised", "region": region,
+             **scores}
+            for _, entry in read_sidecars(folder) for region, scores in entry["Scores"].items()]
     if rows:
         write_metrics(folder / "metrics.csv", rows)
         print(summary(rows))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import main
 from benchmarks import ablation, augmentation, group_difference, sampling, stage1_quality, step
@@ -39,9 +40,14 @@ def test_quality_of_stage_1_is_printed_and_perfect_for_a_prior_that_samples_the_
     assert "fmri->dmri: one sample" in printed and "another subject's source" in printed and "joint dmri" in printed
     study = read_study(settings)
     perfect = SimpleNamespace(sample=lambda keys, *_: study.volumes([key[2] % len(study.pairs) for key in keys]),
+                              expected=lambda target, source: next(
+                                  study.volumes([i])[target] for i in range(len(study.pairs)) for other in SIZES
+                                  if torch.equal(study.volumes([i])[other], source)),
                               network=SimpleNamespace(directions=[("fmri", "dmri"), ("dmri", "fmri")]))
     for row in stage1_quality.translation_scores(perfect, study, settings, [0, 1]):
-        assert row["psnr_single"] == float("inf") and row["psnr_mean"] > 120  # but for the rounding of a mean of 8
+        assert row["psnr_single"] == row["psnr_expected"] == float("inf")
+        assert row["psnr_mean"] > 120  # but for the rounding of a mean of 8
+        assert row["psnr_swapped"] < 60 and row["share"] > 0
     for values in stage1_quality.joint_scores(perfect, study, settings, 24).values():
         assert abs(values["mean_shift"]) < 1e-6 and values["std_ratio"] == pytest.approx(1, abs=1e-3)
         assert values["spread_ratio"] == pytest.approx(1, rel=0.3) and values["nearest"] < values["nearest_real"]

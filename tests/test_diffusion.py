@@ -5,7 +5,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from models.diffusion import GIVEN_FRACTION, Diffusion, Purpose, cosine_alpha_bar, keyed_noise, training_timesteps
+from models.diffusion import (
+    EXPECTED_FRACTION,
+    GIVEN_FRACTION,
+    Diffusion,
+    Purpose,
+    cosine_alpha_bar,
+    keyed_noise,
+    training_timesteps,
+)
 
 T = 1000
 
@@ -39,12 +47,11 @@ def test_noise_depends_on_its_key_alone():
 
 def test_training_timesteps_of_both_couplings():
     keys = [(0, Purpose.TIMESTEPS, n) for n in range(4000)]
-    shared = training_timesteps("shared", T, ("fmri", "dmri"), keys)
-    assert torch.equal(shared["fmri"], shared["dmri"]) and shared["fmri"].min() >= 1 and shared["fmri"].max() <= T
-    t = training_timesteps("independent", T, ("fmri", "dmri"), keys)
-    for given, other in (("fmri", "dmri"), ("dmri", "fmri")):
-        assert (t[given] == 0).float().mean().item() == pytest.approx(GIVEN_FRACTION / 2, abs=0.025)
-        assert 0.64 < (t[other][t[given] == 0] / T).mean() < 0.70  # of the larger of two uniform draws: 2 / 3
-    noisy = (t["fmri"] > 0) & (t["dmri"] > 0)
-    assert noisy.float().mean().item() == pytest.approx(1 - GIVEN_FRACTION, abs=0.025)  # never both given
-    assert abs(np.corrcoef(t["fmri"][noisy], t["dmri"][noisy])[0, 1]) < 0.06
+    source, target = training_timesteps("shared", T, keys)
+    assert torch.equal(source, target) and source.min() >= 1 and source.max() <= T
+    source, target = training_timesteps("independent", T, keys)
+    given, times = source == 0, target[source == 0]
+    assert given.float().mean().item() == pytest.approx(GIVEN_FRACTION, abs=0.025) and target.min() >= 1
+    assert (times == T).float().mean().item() == pytest.approx(EXPECTED_FRACTION, abs=0.03)
+    assert 0.64 < (times[times < T] / T).mean() < 0.70  # of the larger of two uniform draws: 2 / 3
+    assert abs(np.corrcoef(source[~given], target[~given])[0, 1]) < 0.06

@@ -40,7 +40,8 @@ def pairs(tmp_path_factory) -> Path:
 def words_of(pairs: Path, folder: Path, *more: str) -> list[str]:
     """12 steps, two per epoch. Adam, because Muon iterates in bfloat16: a last bit can become a third digit."""
     return arguments(pairs, folder, "--batch_size", "4", "--folds", "4", "--epochs", "6", "--refine_epochs", "6",
-                     "--validate_every", "3", "--refine_optimiser", "adam", *more)
+                     "--validate_every", "3", "--refine_optimiser", "adam", "--optimiser", "adam", "--coarse", "joint",
+                     *more)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import torch
 
 import training.distributed as ranks
 from data.study import read_study
+from models.prior import EXPECTED_WEIGHT
 from opt import PRESETS, opt
 from tests.conftest import arguments, weights
 from train import Stage1
-from training.loop import fit, mean_over_ranks, split_jobs
+from training.loop import fit, means_over_ranks, split_jobs
 from utils.arguments import parse_arguments
 from utils.stop import interruptible, stop
 
@@ -20,18 +21,27 @@ def new_stage(study_csv, folder, **changes) -> Stage1:
     return Stage1(settings, read_study(settings), torch.device("cpu"))
 
 
-def test_a_given_modality_is_not_predicted(study_csv, tmp_path):
+def test_each_direction_has_its_own_noise_and_the_expected_volume_none(study_csv, tmp_path):
     first, batch = new_stage(study_csv, tmp_path, pattern_weight=0.0), [0, 2, 3, 5]
+    expected = []
     for step in range(20):
-        t = first.timesteps(step, range(len(batch)))
-        for target, places, weight in first.micro_batches(batch, step):
-            assert places == [place for place in range(4) if t[target][place] > 0] and weight == 0.5 / len(places)
-    target, places, _ = micro_batch = first.micro_batches(batch, 1)[0]
-    x0, masks, noise, t, group = first.load(micro_batch, batch, 1)
-    assert torch.equal(x0[target], first.study.volumes([batch[place] for place in places])[target]) and group is None
-    loss, _ = first.loss(first.network, micro_batch, (x0, masks, noise, t, group))  # a new network predicts 0
-    v = first.prior.diffusion.target(x0[target], noise[target], t[target])
-    assert loss.item() == pytest.approx(0.5 * v.square().mean().item(), rel=1e-5)
+        micro_batches = first.micro_batches(batch)
+        assert [(target, places, weight) for target, places, weight in micro_batches] == [
+            (target, [0, 1, 2, 3], 0.5) for target in first.study.modalities]
+        loaded = [first.load(micro_batch, batch, step) for micro_batch in micro_batches]
+        for (target, *_), (x0, _, noise, t, _) in zip(micro_batches, loaded):
+            at_end = (t[target] == 1000) & (t[first.network.source(target)] == 0)
+            assert torch.equal(noise[target].abs().amax(dim=(1, 2, 3, 4)) == 0, at_end)
+            expected += at_end.tolist()
+            assert torch.equal(x0[target], first.study.volumes(batch)[target])
+        assert not torch.equal(loaded[0][2]["fmri"], loaded[1][2]["fmri"])
+    assert 0.25 < sum(expected) / len(expected) < 0.5
+    (target, *_), (x0, _, noise, t, group) = micro_batches[0], loaded[0]
+    at_end_of_first = (t[target] == 1000) & (t[first.network.source(target)] == 0)
+    loss, _ = first.loss(first.network, micro_batches[0], loaded[0])  # a new network predicts 0
+    errors = first.prior.diffusion.target(x0[target], noise[target], t[target]).square().mean(dim=(1, 2, 3, 4))
+    weights = torch.where(at_end_of_first, EXPECTED_WEIGHT, 1.0)
+    assert group is None and loss.item() == pytest.approx(0.5 * (weights * errors).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -49,13 +59,14 @@ def test_every_job_is_done_by_one_rank(monkeypatch, world, accumulate):
 
 
 def test_the_mean_of_a_validation_that_is_stopped_is_that_so_far(monkeypatch):
-    assert mean_over_ranks(iter([1.0, 2.0, 6.0])) == 3 and mean_over_ranks([]) == 0
+    columns = "a", "b"
+    assert means_over_ranks(columns, iter([("a", 1.0), ("b", 7.0), ("a", 5.0)])) == {"a": 3, "b": 7}
 
     def values():
-        yield 4.0
+        yield "a", 4.0
         monkeypatch.setattr(stop, "reason", "test")
-        yield from interruptible([100.0])
-    assert mean_over_ranks(values()) == 4
+        yield from interruptible([("a", 100.0)])
+    assert means_over_ranks(columns, values()) == {"a": 4, "b": 0}
 
 
 def test_a_finished_run_ends_at_once_also_with_fewer_steps(study_csv, tmp_path):

@@ -14,10 +14,10 @@ from utils.settings import AFFECTS, problems_of
 AFFECTED = {
     "data": "modalities image_size resize reduce intensity folds fold validation_fraction seed",
     "stage 1": "loss timesteps prediction timestep_coupling condition_on_group optimiser learning_rate",
-    "stage 2": "refine_optimiser refine_learning_rate structure_weight microstructure_weight coarse coarse_dropout "
-               "residual warm_start",
-    "sampling": "sampler sampling_steps eta coarse_samples",
-    "sample.py": "sample_dir joint_samples output_space uncertainty_samples",
+    "stage 2": "refine_optimiser refine_learning_rate structure_weight microstructure_weight coarse",
+    "network": "unet_depth base_channels res_blocks output_blocks patch_size fusion attention_tokens dropout",
+    "sampling": "sampler sampling_steps eta",
+    "sample.py": "sample_dir joint_samples output_space realism uncertainty_samples",
     "nothing": "refine resume_path check data_root cache_dir epochs refine_epochs max_steps max_minutes checkpoint_dir "
                "result_dir checkpoint_every validate_every num_samples tensorboard accumulate gradient_checkpointing "
                "device perceptual_weight vgg_weights vgg_download"}

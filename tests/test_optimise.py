@@ -21,12 +21,13 @@ def step(optimiser: Optimiser, loss: torch.Tensor) -> dict[str, float]:
     return optimiser.step(loss.detach(), "step 1")
 
 
-def test_the_learning_rate_warms_up_and_decays():
+def test_the_learning_rate_warms_up_stays_and_decays_in_the_last_quarter():
     _, optimiser = linear()
     rates = []
     for optimiser.taken in range(15):
         rates.append(optimiser.learning_rate())
-    assert rates[:5] + rates[9::5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.05, 0])
+    assert rates[:12] == pytest.approx([0.025, 0.05, 0.075, *[0.1] * 9])
+    assert rates[12:] == pytest.approx([0.05 * (1 + math.cos(0.2 * math.pi)), 0.05 * (1 + math.cos(0.6 * math.pi)), 0])
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 

@@ -1,5 +1,7 @@
 """The prior: how it samples, and what it does with a given modality. Its loss: test_loop.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,10 +19,11 @@ def exact_prior(coupling: str = "independent") -> tuple[Prior, dict[str, torch.T
     """A prior whose network knows two pairs and predicts their v; the pairs; the calls of the network."""
     x0, calls, diffusion = {each: volume.clamp(-1, 1) for each, volume in noise(2).items()}, [], Diffusion(1000, "v")
 
-    def network(xt, t, targets, group):
+    def network(xt, t, targets, group=None):
         calls.append((xt, t, set(targets), group))
         weights = {modality: diffusion.weights(t[modality]) for modality in targets}
         return {each: (signal * xt[each] - x0[each]) / sigma for each, (signal, sigma) in weights.items()}
+    network.sizes, network.source = SIZES, {"a": "b", "b": "a"}.get
     return Prior(network, diffusion, coupling, SIZES, CPU, torch.float32, ("AD", "NC")), x0, calls
 
 
@@ -47,3 +50,24 @@ def test_a_given_modality_is_kept_and_seen_as_its_coupling_says(coupling):
         assert targets == {"b"} and group is None and (t["b"] > 0).all()
         assert torch.equal(t["a"], 0 * t["b"] if coupling == "independent" else t["b"])
         assert torch.equal(xt["a"], prior.diffusion.add_noise(x0["a"], keyed_noise(SIZES, *KEYS)["a"], t["a"]))
+
+
+@pytest.mark.parametrize("coupling, prediction, evaluations", [("independent", "v", 1), ("shared", "v", 5),
+                                                               ("independent", "epsilon", 5)])
+def test_a_translation_is_the_expected_volume_or_else_a_sample(coupling, prediction, evaluations):
+    prior, x0, calls = exact_prior(coupling)
+    if prediction == "epsilon":  # of the same exact network
+        exact = prior.network
+
+        def epsilon(xt, t, targets, group):
+            signal, sigma = prior.diffusion.weights(t["b"])
+            return {"b": signal * exact(xt, t, targets, group)["b"] + sigma * xt["b"]}
+        epsilon.source = exact.source
+        prior = replace(prior, diffusion=Diffusion(1000, "epsilon"), network=epsilon)
+    made = prior.translate("b", x0["a"], KEYS, Sampling("dpmpp", 5))
+    torch.testing.assert_close(made, x0["b"], atol=1e-3, rtol=0)
+    assert len(calls) == evaluations
+    if prior.has_expected_volume:
+        (xt, t, targets, _), = calls
+        assert targets == {"b"} and (t["a"] == 0).all() and (t["b"] == 1000).all()
+        assert torch.equal(xt["a"], x0["a"]) and not xt["b"].any()

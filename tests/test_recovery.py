@@ -132,8 +132,7 @@ def test_killed_between_two_renames_resumes_identically(study_csv, trained, tmp_
     (1, "training.optimise.Optimiser.step", 3, signal.SIGHUP),
     (1, "data.study.cached_volume", 3, signal.SIGTERM),  # reading
     (1, "train.x0_error", 4, signal.SIGTERM),  # validating
-    (1, "models.prior.Prior.sample", 2, signal.SIGINT),  # sampling for the picture
-    (2, "models.prior.Prior.sample", 2, signal.SIGTERM),  # coarse volumes
+    (1, "models.prior.Prior.sample", 1, signal.SIGINT),  # sampling for the picture
     (2, "train_refine.psnr", 3, signal.SIGTERM),  # validating
     (2, "train_refine.score", 2, signal.SIGINT),  # drawing
     (2, "train_refine.score", 7, signal.SIGTERM)])  # scoring the test subjects, at the end
@@ -268,7 +267,7 @@ def test_the_other_checkpoint_replaces_a_damaged_one(study_csv, trained, tmp_pat
 
 def test_another_run_in_the_same_folders_is_refused_and_left_alone(study_csv, trained, tmp_path, capsys):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    for more, said in ((["--learning_rate", "0.5"], "learning_rate: 0.002 there, 0.5 now"),
+    for more, said in ((["--learning_rate", "0.5"], "learning_rate: 0.001 there, 0.5 now"),
                        (["--seed", "5"], "seed: 0 there, 5 now"),
                        (["--checkpoint_dir", str(tmp_path / "elsewhere")], "result_dir")):
         assert main.main(arguments(study_csv, trained, *more)) == 2

@@ -35,8 +35,8 @@ def rows_of(study_csv: Path) -> list[dict]:
 
 def words(model: Path, table: Path, folder: Path, *more: str) -> list[str]:
     return ["--resume_path", str(model), "--data_root", str(table), "--sample_dir", str(folder / "out"), "--cache_dir",
-            str(table.parent / "sample_cache"), "--device", "cpu", "--precision", "fp32", "--coarse_samples", "1",
-            "--sampling_steps", "3", *more]
+            str(table.parent / "sample_cache"), "--device", "cpu", "--precision", "fp32", "--sampling_steps", "3",
+            *more]
 
 
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
@@ -60,7 +60,7 @@ def incomplete(study_csv, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def translated(trained, incomplete, tmp_path_factory) -> Path:
-    """A folder with the translations of stage 2, averages and standard deviations; tests that write copy it."""
+    """A folder with the translations of stage 2 and standard deviations; tests that write copy it."""
     folder, model = tmp_path_factory.mktemp("translated"), trained / "checkpoints/best_refine.pth"
     assert sample.main(words(model, incomplete, folder, "--uncertainty_samples", "3")) == 0
     return folder
@@ -92,7 +92,7 @@ def test_scores_equal_those_of_the_trainer(trained, study_csv, tmp_path, name, v
 
 
 def test_a_missing_modality_is_synthesised_in_its_place(translated, study_csv):
-    assert len(contents(translated)) == 3 * 10  # both of four, one of two; with an average and a deviation each
+    assert len(contents(translated)) == 2 * 10  # both of four, one of two; with a deviation each
     for name, modality in (("sub-01", "dmri"), ("sub-02", "fmri"), ("sub-03", "dmri")):
         image = nib.load(where(translated, name, modality))
         truth = nib.load(study_csv.parent / f"{name}_space-MNI_{modality}.nii.gz")
@@ -101,7 +101,7 @@ def test_a_missing_modality_is_synthesised_in_its_place(translated, study_csv):
         assert np.corrcoef(image.get_fdata().ravel(), truth.get_fdata().ravel())[0, 1] > 0.5
     tree = translated / "out/translated"
     assert {(row["subject"], row["volume"]) for row in read_csv(tree / "metrics.csv")} \
-        == {(f"sub-0{n}", volume) for n in range(3, 7) for volume in ("synthesised", "averaged")}
+        == {(f"sub-0{n}", "synthesised") for n in range(3, 7)}
     sidecar = read_sidecar(where(translated, "sub-01", "dmri"))
     assert sidecar["Sources"] == ["sub-01_space-MNI_fmri.nii.gz"] and sidecar["MadeWith"]["Stage"] == "stage 2"
     assert str(translated) not in str(sidecar) and (tree / "synthesis.png").exists()
@@ -132,7 +132,7 @@ def test_complete_volumes_are_kept_and_damaged_ones_replaced(trained, incomplete
     assert sample.main([*command, "--seed", "7"]) == 2  # a tree has one seed
     assert "(seed)" in capsys.readouterr().err and contents(tmp_path) == after
     assert sample.main([*command, "--uncertainty_samples", "2"]) == 0
-    assert len(contents(tmp_path)) == 30 and after.items() <= contents(tmp_path).items()
+    assert len(contents(tmp_path)) == 20 and after.items() <= contents(tmp_path).items()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -197,16 +197,27 @@ def test_new_pairs_of_each_group(grouped):
     assert len({content for content, _ in contents(grouped).values()}) == 8
 
 
-def test_a_model_that_ignores_the_source_translates_without_uncertainty(trained, incomplete, tmp_path, capsys):
+def test_realism_is_a_straight_line_from_the_refined_volume(trained, study_csv, tmp_path, capsys):
+    model, found = trained / "checkpoints/best_refine.pth", []
+    for realism in ("0", "0.5", "1"):
+        assert sample.main(words(model, study_csv, tmp_path / realism, "--realism", realism)) == 0
+        found.append(nib.load(where(tmp_path / realism, "sub-03", "dmri")).get_fdata())
+    inside = (found[2] > found[0].min() + 1) & (found[2] < found[0].max() - 1)  # not clipped
+    np.testing.assert_allclose(found[1][inside], (found[0] + found[2])[inside] / 2, atol=1)  # of about 600
+    assert np.abs(found[2] - found[0]).max() > 20
+    assert sample.main(words(model, study_csv, tmp_path / "1")) == 2  # a tree has one realism
+    assert "(realism)" in capsys.readouterr().err
+
+
+def test_a_model_of_joint_samples_translates_with_its_own_settings(trained, incomplete, tmp_path, capsys):
     state = weights(trained / "checkpoints/best_refine.pth")
-    for coarse in ("none", "joint"):
-        state["options"]["coarse"] = coarse
-        torch.save(state, tmp_path / "other.pth")
-        command = words(tmp_path / "other.pth", incomplete, tmp_path / coarse, "--seed", "5")
-        assert sample.main([*command, "--uncertainty_samples", "2"]) == 2 and sample.main(command) == 0
-        printed = capsys.readouterr()
-        assert f"opt.coarse = {coarse!r}" in printed.err and "ignored: opt.seed" in printed.out
-        assert len(contents(tmp_path / coarse)) == 10
+    state["options"]["coarse"], state["backbone"]["options"]["prediction"] = "joint", "epsilon"
+    torch.save(state, tmp_path / "joint.pth")
+    command = words(tmp_path / "joint.pth", incomplete, tmp_path, "--seed", "5")
+    assert sample.main([*command, "--realism", "0.5"]) == 2 and sample.main(command) == 0
+    printed = capsys.readouterr()
+    assert "opt.realism = 0.5" in printed.err and "ignored: opt.seed" in printed.out
+    assert len(contents(tmp_path)) == 10
 
 
 def test_refusals_name_the_cause_and_write_nothing(trained, study_csv, tmp_path, capsys):

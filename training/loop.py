@@ -34,10 +34,10 @@ class Stage:
     """What `fit` asks of a stage. Subclasses set the attributes below, and define
 
     begin(resumed): what is done before the first step of this process
-    micro_batches(batch, step): this rank's share of a step, [(target, places, weight), ...]
     load(micro_batch, batch, step): its data, on the device
     loss(network, micro_batch, data): its weighted loss, and terms for the log
-    validate(network): scores of this rank's share of the validation subjects; their mean chooses the best model
+    validate(network): (column, score) of this rank's share of the validation subjects; the mean over the columns of
+        their means chooses the best model
     draw(network, step): write a sample grid; returns its path and mean scores
     finish(run): report on the finished run
     """
@@ -46,7 +46,7 @@ class Stage:
     folder_name: str  # in opt.result_dir
     save_every: int  # steps between two sample grids
     columns: tuple[str, ...]  # of log.csv
-    metric: str  # the column of the validation
+    metrics: tuple[str, ...]  # the columns of the validation
     higher_is_better: bool
 
     network: nn.Module  # trained
@@ -67,6 +67,12 @@ class Stage:
                              "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
             "ranges": {modality: study.train_range(modality) for modality in study.modalities},
             "affines": {modality: study.affines[modality][first].tolist() for modality in study.modalities}}
+
+    def micro_batches(self, batch: list[int]) -> list[MicroBatch]:
+        """This rank's share of a step, in which each pair counts once per direction."""
+        jobs = [(target, place) for target in self.study.modalities for place in range(len(batch))]
+        return [(target, places, weight * len(places) / len(jobs))
+                for target, places, weight in split_jobs(jobs, self.opt.accumulate)]
 
     def panel(self, modality: str, i: int, volume: np.ndarray, caption: str = "", **how: object) -> Panel:
         """A volume (X, Y, Z) on the grid of pair i, for a picture."""
@@ -117,10 +123,10 @@ def fit(stage: Stage) -> bool:
             # ---- Validate, draw and save, at the top: a resumed run first does what is due at its step
             epoch = math.ceil(run.step / per_epoch)
             if is_due(per_epoch * opt.validate_every):
-                value = mean_over_ranks(stage.validate(ema.model))
+                scores = means_over_ranks(stage.metrics, stage.validate(ema.model))
                 if stop_requested_on_any_rank():
                     break
-                record_validation(stage, run, log, epoch, value)
+                record_validation(stage, run, log, epoch, scores)
             if is_due(stage.save_every):
                 if is_main_rank():
                     with contextlib.suppress(Interrupted):  # the ranks meet below
@@ -139,7 +145,7 @@ def fit(stage: Stage) -> bool:
             epoch, batch = run.step // per_epoch + 1, training_batch(members, opt.batch_size, opt.seed, run.step)
             torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, run.step, rank()).initial_seed())  # dropout
             loss, terms = torch.zeros((), device=stage.device), {}
-            micro_batches = stage.micro_batches(batch, run.step)
+            micro_batches = stage.micro_batches(batch)
             for number, micro_batch in enumerate(micro_batches, start=1):
                 data = stage.load(micro_batch, batch, run.step)
                 network.require_backward_grad_sync = number == len(micro_batches)  # only DDP reads it
@@ -186,23 +192,25 @@ def split_jobs(jobs: list[tuple[str, int]], accumulate: int) -> list[MicroBatch]
     return micro_batches
 
 
-def mean_over_ranks(values: Iterable[float]) -> float:
-    """The mean of the values of all ranks; of those so far where a stop is requested."""
-    total = count = 0
+def means_over_ranks(columns: tuple[str, ...], scores: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of each column over all ranks; of the scores so far where a stop is requested."""
+    totals, counts = dict.fromkeys(columns, 0.0), dict.fromkeys(columns, 0)
     with contextlib.suppress(Interrupted):  # the ranks meet in the sum
-        for value in values:
-            total, count = total + value, count + 1
-    total, count = all_reduce_sum(total, count)
-    return total / max(1, count)
+        for column, value in scores:
+            totals[column], counts[column] = totals[column] + value, counts[column] + 1
+    sums = all_reduce_sum(*totals.values(), *counts.values())
+    return {column: total / max(1, count) for column, total, count in zip(columns, sums, sums[len(columns):])}
 
 
-def record_validation(stage: Stage, run: Checkpoint, log: Log, epoch: int, value: float) -> None:
-    """Log a validation, and save the best model. Raises UserError where the value is not finite."""
+def record_validation(stage: Stage, run: Checkpoint, log: Log, epoch: int, scores: dict[str, float]) -> None:
+    """Log a validation, and save the best model. Raises UserError where a score is not finite."""
+    value = float(np.mean(list(scores.values())))
     if not math.isfinite(value):
         raise UserError(f"step {run.step}: the validation is not finite. Start again in another opt.checkpoint_dir "
                         'with a lower learning rate or opt.precision = "fp32"')
-    log.write("validation", run.step, epoch=epoch, **{stage.metric: value})
-    tqdm.write(f"step {run.step:6d}  epoch {epoch:4d}  validation {stage.metric} {value:.4f}")
+    log.write("validation", run.step, epoch=epoch, **scores)
+    words = ", ".join(f"{column} {score:.4f}" for column, score in scores.items())
+    tqdm.write(f"step {run.step:6d}  epoch {epoch:4d}  validation {words}")
     if (value > run.best_value) if stage.higher_is_better else (value < run.best_value):
         run.best_value = value
         run.save(run.best)

@@ -13,11 +13,12 @@ MAX_BAD_STEPS = 5  # in a row
 FIRST_SCALE, STEPS_BEFORE_RAISE = 2.0**16, 2000  # of the loss in float16 (Micikevicius et al. 2018)
 OUTER_LAYERS = {"stem", "target_stem", "head", "gain", "group", "group_gain"}  # at the ends of the networks
 MUON_RATE = 20.0  # times Adam's rate: Muon's update has length 1 per row of a matrix, Adam's about 1 per weight
+DECAY_FRACTION = 0.25  # of the steps after warm-up, at the end
 COUNTERS = ("taken", "bad_in_a_row", "loss_scale", "since_overflow")  # saved with the optimiser's state
 
 
 class Optimiser:
-    """Muon or Adam with warm-up, cosine decay and gradient clipping. learning_rate is Adam's peak.
+    """Muon or Adam with warm-up, decay at the end and gradient clipping. learning_rate is Adam's peak.
 
     kind "muon" (torch.optim.Muon; Jordan et al. 2024) orthogonalises the update of every hidden weight matrix, where a
     convolution is the matrix from its inputs and taps to its outputs; the networks' outer layers, biases and norms stay
@@ -43,11 +44,13 @@ class Optimiser:
         self.loss_scale = FIRST_SCALE if float16 else 1.0
 
     def learning_rate(self) -> float:
-        """Of the next step: rises linearly to the peak, then falls as half a cosine towards 0."""
+        """Of the next step: rises linearly to the peak, stays there, and falls as half a cosine towards 0 (WSD, Hu et
+        al. 2024; the averaged weights need no longer decay)."""
         if self.taken < self.warmup:
             return self.peak * (self.taken + 1) / self.warmup
-        done = (self.taken - self.warmup) / max(1, self.total - self.warmup)
-        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        start = self.warmup + (1 - DECAY_FRACTION) * (self.total - self.warmup)
+        done = (self.taken - start) / max(1, self.total - start)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to back-propagate: scaled for float16, and for DDP, which takes the mean over the ranks."""

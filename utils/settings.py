@@ -12,6 +12,7 @@ AFFECTS = {  # a run resumes only while the settings that affect it keep their v
     "training": "training of both stages",
     "stage 1": "training of stage 1; may change when stage 2 resumes",
     "stage 2": "training of stage 2; may change when stage 1 resumes",
+    "network": "the network, which is that of stage 1 in both stages; may never change",
     "sampling": "how the prior samples, for stage 2 and for sample.py; may change when stage 1 resumes",
     "sample.py": "what sample.py writes; may always change",
     "nothing": "folders, memory, reports, the length of a run; may always change",
