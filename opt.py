@@ -110,9 +110,9 @@ class Options(Settings):
     vgg_download: bool = setting(False, affects="nothing")  # download the file into that cache if missing (528 MB)
 
     # ---- Training
-    # "muon" needs far fewer steps than "adam" (published), each of which takes 1.15 times as long
-    optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")  # of stage 1; for "adam" double the rate
-    refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")
+    # of stage 1. "muon" needs far fewer steps than "adam" (published), which take 1.15 times as long; for "adam" double
+    optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")  # the learning rate
+    refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")  # of stage 2
     # stage 1: rate of Adam, after warm-up and until the last quarter, in which it decays; Muon's is 20 times as high
     learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 1")
     refine_learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 2")  # stage 2: as above
@@ -153,6 +153,8 @@ class Options(Settings):
     joint_samples: int = setting(0, at_least=0, below=10**6, affects="sample.py")
     # grid of a translation: the source file's, or the target file's (without one: training's, over the source's view)
     output_space: Literal["target", "source"] = setting("target", affects="sample.py")
+    # translate the left-right mirrored source, too, and take the mean, for models trained with "flip". Takes twice the
+    average_flips: bool = setting(False, affects="nothing")  # time; also in stage 2's metrics.csv
     # 0: the expected volume, with the least error but blurry; 1: with the texture of a sample; or between
     realism: float = setting(0.0, at_least=0, at_most=1, affects="sample.py")
     # also write the voxel-wise standard deviation of this many samples; 0: none

@@ -88,7 +88,7 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
         if missing and source:
             sources = np.stack([load_volume(scans[source][0]) for _, scans in batch])
             made = model.translate(source, *targets, sources, [name_key(name) for name in names],
-                                   opt.realism, samples)
+                                   opt.average_flips, opt.realism, samples)
         elif missing:
             made = model.draw([int(name[-6:]) for name in names], [pair.group for pair, _ in batch])  # their number
         for i, target, kind, path, made_with in missing:
@@ -114,8 +114,8 @@ def run(settings) -> int:
     folder = Path(settings.sample_dir) / ("joint" if joint else "translated")
     with process_group(device), contextlib.ExitStack() as stack:
         model = open_model(settings, device)
-        provenance = model.provenance | ({} if joint else {
-            "realism": settings.realism, "output_space": settings.output_space})
+        how = ("average_flips", "realism", "output_space")
+        provenance = model.provenance | ({} if joint else {name: getattr(settings, name) for name in how})
         with local_main_first():
             visits = (new_pairs if joint else read_visits)(settings, model)
             derivatives.refuse_name_clashes(folder, [pair for pair, _ in visits])

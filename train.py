@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from data.augment import augmentation, load_batch, to_device
 from data.split import groups_to_learn
 from data.study import Study
-from models.diffusion import Diffusion, Purpose, keyed_generator, keyed_noise, training_timesteps
+from models.diffusion import (
+    EXPECTED_FRACTION,
+    Diffusion,
+    Purpose,
+    keyed_generator,
+    keyed_noise,
+    training_timesteps,
+)
 from models.losses import x0_error
 from models.prior import Prior
 from models.samplers import Sampling
@@ -66,7 +73,7 @@ class Stage1(Stage):
         self.may_change = names_affecting("nothing", "stage 2", "sampling", "sample.py")
         self.resume_from = Path(opt.resume_path) if opt.resume_path else None
 
-    def begin(self, resumed: bool) -> None:
+    def begin(self) -> None:
         if is_main_rank() and self.opt.pattern_weight:
             self.draw_pattern()
 
@@ -78,9 +85,9 @@ class Stage1(Stage):
         source, keys = self.network.source(target), [(step, place, study.modalities.index(target)) for place in places]
         noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
         times = training_timesteps(opt.timestep_coupling, opt.timesteps,
-                                   [(opt.seed, Purpose.TIMESTEPS, *key) for key in keys])
+                                   [(opt.seed, Purpose.TIMESTEPS, *key) for key in keys],
+                                   EXPECTED_FRACTION if self.prior.has_expected_volume else 0.0)
         t = dict(zip((source, target), times))
-        noise[target][(t[source] == 0) & (t[target] == opt.timesteps)] = 0  # the expected volume
         if self.prior.groups:
             shown = [self.shows_group(key, pair_times) for key, *pair_times in zip(keys, *times)]
             group = self.prior.group_indices([study.pairs[batch[place]].group if show else ""
@@ -175,5 +182,6 @@ class Stage1(Stage):
 
     def finish(self, run: Checkpoint) -> None:
         print(f"Stage 1 is finished: {run.step} steps, best validation error {run.best_value:.4f} (mean of "
-              f"{' and '.join(self.metrics)}). To train longer, raise opt.epochs.\nPictures: {self.folder}. Model: {run.best}\n"
+              f"{' and '.join(self.metrics)}). To train longer, raise opt.epochs.\n"
+              f"Pictures: {self.folder}. Model: {run.best}\n"
               f"Next: run the same command with --refine --resume_path {run.best}")

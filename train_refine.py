@@ -74,7 +74,7 @@ class Stage2(Stage):
         self.may_change = names_affecting("nothing", "stage 1", "sample.py")
         self.resume_from = Path(opt.resume_path) if state["stage"] == STAGE_2 else None
 
-    def begin(self, resumed: bool) -> None:
+    def begin(self) -> None:
         self.coarse.prepare()
 
     def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
@@ -82,9 +82,8 @@ class Stage2(Stage):
         target, places, _ = micro_batch
         members, transform = [batch[place] for place in places], augmentation(self.opt, self.study, step, places)
         volumes, masks = load_batch(self.study, members, transform, self.device)
-        coarse = None
-        if self.opt.coarse == "joint":
-            coarse = self.coarse.volumes(target, members)
+        coarse = self.coarse.input(target, members)
+        if coarse is not None:
             coarse = to_device(transform.volume(target, coarse) if transform else coarse, self.device)
         return volumes[self.prior.network.source(target)], volumes[target], masks[target], coarse
 
@@ -102,13 +101,13 @@ class Stage2(Stage):
                 logged[name] = weight * value
         return weight * loss, logged
 
-    @torch.no_grad()
-    def refined(self, network: Translator, target: str, i: int) -> Tensor:
+    def refined(self, network: Translator, target: str, i: int, flips: bool = False) -> Tensor:
         """The refined volume (1, 1, X, Y, Z) of pair i in [-1, 1], on the CPU."""
         source = self.study.volumes([i])[self.prior.network.source(target)].to(self.device)
-        coarse = self.coarse.volumes(target, [i]).to(self.device) if self.opt.coarse == "joint" else None
+        coarse = self.coarse.input(target, [i])
+        coarse = coarse if coarse is None else coarse.to(self.device)
         with self.prior.autocast():
-            return network(target, source, coarse).clamp(-1, 1).cpu()
+            return network.translate(target, source, coarse, flips).cpu()
 
     def validate(self, network: Translator) -> Iterator[tuple[str, float]]:
         """PSNR in dB of the refined validation volumes, both directions."""
@@ -156,7 +155,8 @@ class Stage2(Stage):
             for source, target in self.prior.network.directions:
                 truth = real[target][0, 0].numpy()
                 regions = {"brain": brain_region(truth), "pattern": masks[target][0, 0].numpy() > 0}
-                candidates = {"refined": self.refined(network, target, i), "coarse": self.coarse.volumes(target, [i]),
+                refined = self.refined(network, target, i, self.opt.average_flips)
+                candidates = {"refined": refined, "coarse": self.coarse.volumes(target, [i]),
                               "mean": self.coarse.means[target], "source": real[source]}
                 if self.opt.coarse == "none":
                     del candidates["coarse"]
@@ -185,7 +185,7 @@ def open_prior(opt, study: Study, backbone: dict, device: torch.device, dtype: t
     if opt.coarse == "expected" and not prior.has_expected_volume:
         raise UserError(f'opt.coarse = "expected": {opt.resume_path} was trained with opt.prediction = '
                         f"{prior.diffusion.prediction!r} and opt.timestep_coupling = {prior.coupling!r}, which have no "
-                        "expected volume: at t = T, an error of epsilon is magnified 20,000-fold, and with shared "
-                        'timesteps the source is noise, too. Use opt.coarse = "joint", or train stage 1 with "v" and '
-                        '"independent"')
+                        "expected volume: at t = T, an error of epsilon is magnified thousands of times, and with "
+                        'shared timesteps the source is noise, too. Use opt.coarse = "joint", or train stage 1 with '
+                        '"v" and "independent"')
     return prior

@@ -15,7 +15,9 @@ COLOURS = ("blue", "darkorange", "green", "crimson", "purple", "teal", "black", 
 
 def ticks(low: float, high: float) -> np.ndarray:
     """Round numbers that reach from low or below to high or above."""
-    size = max(high - low, 1e-9) / TICKS
+    if low == high:
+        low, high = low - 1, high + 1
+    size = (high - low) / TICKS
     power = 10.0 ** math.floor(math.log10(size))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= size * (1 - 1e-9))
     return np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1) * step

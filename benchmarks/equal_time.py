@@ -41,39 +41,45 @@ REFERENCE = "regression only"
 ARMS = {  # name -> options of both stages; a regression has a stage 1 of one step, because stage 2 asks for a model
     REFERENCE: "--coarse none", "two stages": "",
     "published form": "--coarse joint --timestep_coupling shared --prediction epsilon --loss l1 --fusion late "
-                      "--res_blocks 2 --output_blocks 1 --optimiser adam --refine_optimiser adam --structure_weight 0"}
+                      "--res_blocks 2 --output_blocks 1 --structure_weight 0 --optimiser adam --learning_rate 2e-3 "
+                      "--refine_optimiser adam"}  # on patches: on single voxels it would take eight times as long
 COLUMNS = ("arm", "minutes", "seed", "measured_minutes", "steps_1", "steps_2", "subject", "direction", "psnr", "ssim")
 
 
-def plan(own: argparse.Namespace, options: list[str]) -> dict[str, float]:
-    """Seconds per step of both stages, and of drawing the coarse volumes, of an arm; and the share of stage 1."""
+def plan(options: list[str]) -> dict:
+    """Options of an arm, seconds per step of both stages and of all coarse volumes, and the share of stage 1."""
     settings = parse_arguments(opt, PRESETS, options, "")
     first, second = (run_case(options, stage)["seconds_per_step"] for stage in (1, 2))
     steps = (0 if settings.coarse == "none" else settings.epochs), settings.refine_epochs
     # a joint sample evaluates both directions, forwards only: a third of a step of stage 2 per batch and evaluation
     drawn = len(find_study(settings)[0]) / settings.batch_size * settings.sampling_steps / 3 * second
-    return {"first": first, "second": second, "share": steps[0] * first / (steps[0] * first + steps[1] * second),
+    return {"options": options, "first": first, "second": second,
+            "share": steps[0] * first / (steps[0] * first + steps[1] * second),
             "coarse": drawn if settings.coarse == "joint" else 0.0}
 
 
-def train(folder: Path, costs: dict[str, float], minutes: float, options: list[str]) -> dict:
+def train(folder: Path, costs: dict, minutes: float, options: list[str]) -> dict:
     """Train both stages unless they are finished; returns steps and the minutes that it took, by the clock."""
-    record = folder / "finished.json"
-    if not record.exists():
-        seconds = 60 * minutes - costs["coarse"]
-        steps = [max(1, round(seconds * share / costs[stage]))
-                 for stage, share in (("first", costs["share"]), ("second", 1 - costs["share"]))]
+    path, seconds = folder / "run.json", 60 * minutes - costs["coarse"]
+    steps = [max(1, round(seconds * share / costs[stage]))
+             for stage, share in (("first", costs["share"]), ("second", 1 - costs["share"]))]
+    run = {"steps_1": steps[0], "steps_2": steps[1], "measured_minutes": 0.0, "finished": False}
+    run |= json.loads(path.read_text()) if path.exists() else {}
+    if not run["finished"]:
         start = time.perf_counter()
-        for number, extra in enumerate(([], ["--refine", f"--resume_path={folder / 'best_model.pth'}"])):
-            print(f"---- {folder.name}: stage {number + 1}, {steps[number]} steps", flush=True)
-            folders = [f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
-            length = [f"--max_steps={steps[number]}", "--epochs=99999", "--refine_epochs=99999"]
-            command = [sys.executable, "main.py", "--no-tensorboard", *options, *extra, *length, *folders]
-            if subprocess.run(command).returncode:
-                raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
-        write_text(record, json.dumps({"steps_1": steps[0], "steps_2": steps[1],
-                                       "measured_minutes": (time.perf_counter() - start) / 60}))
-    return json.loads(record.read_text())
+        try:
+            for number, more in enumerate(([], ["--refine", f"--resume_path={folder / 'best_model.pth'}"])):
+                print(f"---- {folder.name}: stage {number + 1}, {steps[number]} steps", flush=True)
+                folders = [f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
+                length = [f"--max_steps={steps[number]}", "--epochs=99999", "--refine_epochs=99999"]
+                command = [sys.executable, "main.py", "--no-tensorboard", *options, *more, *length, *folders]
+                if subprocess.run(command).returncode:
+                    raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
+            run["finished"] = True
+        finally:  # what was interrupted counts
+            run["measured_minutes"] += (time.perf_counter() - start) / 60
+            write_text(path, json.dumps(run))
+    return {name: run[name] for name in ("steps_1", "steps_2", "measured_minutes")}
 
 
 def scores(checkpoint: Path, pairs: list[Pair], settings) -> list[dict]:
@@ -104,24 +110,25 @@ def table(rows: list[dict]) -> str:
         cells, reference = [f"{minutes:g}", arm], runs.get((minutes, REFERENCE), {})
         for direction in directions:
             each = np.array([np.mean(list(subjects.values()), axis=0) for subjects in run[direction].values()])
-            spread = each.std(axis=0, ddof=1) if len(each) > 1 else np.full(2, np.nan)
-            values = np.stack([each.mean(axis=0), spread], axis=1).ravel()
-            cells.append("{:.2f} +- {:.2f} / {:.3f} +- {:.3f}".format(*values))
+            spread = each.std(axis=0, ddof=min(1, len(each) - 1))
+            psnr, ssim = (f"{mean:.{digits}f}" + (f" +- {std:.{digits}f}" if len(each) > 1 else "")
+                          for mean, std, digits in zip(each.mean(axis=0), spread, (2, 3)))
+            cells.append(f"{psnr} / {ssim}")
         gains = {}  # subject -> seed -> gains of both directions
-        compared = directions if arm != REFERENCE and reference else ()
-        for direction, seed in itertools.product(compared, run[directions[0]]):
+        compared = set(run[directions[0]]) & set(reference.get(directions[0], {})) if arm != REFERENCE else set()
+        for direction, seed in itertools.product(directions, sorted(compared)):
             for subject, values in run[direction][seed].items():
                 if subject in reference[direction].get(seed, {}):
                     gains.setdefault(subject, {}).setdefault(seed, []).append(
                         values - reference[direction][seed][subject])
         if gains:
             mean = np.array([np.mean(np.concatenate(list(each.values())), axis=0) for each in gains.values()])
-            by_seed = {seed: np.mean([each[seed] for each in gains.values() if seed in each], axis=(0, 1))[0]
-                       for seed in run[directions[0]]}
-            psnr, ssim = (paired_gain(column, np.zeros(len(column))) for column in mean.T)
-            cells += ["{:+.2f} ({:+.2f} .. {:+.2f})".format(*psnr),
-                      ", ".join(f"{gain:+.2f}" for gain in by_seed.values()),
-                      "{:+.4f} ({:+.4f} .. {:+.4f})".format(*ssim)]
+            by_seed = [np.concatenate([each[seed] for each in gains.values() if seed in each])[:, 0].mean()
+                       for seed in sorted(compared)]
+            psnr_gain, ssim_gain = (paired_gain(column, np.zeros(len(column))) for column in mean.T)
+            cells += ["{:+.2f} ({:+.2f} .. {:+.2f})".format(*psnr_gain),
+                      ", ".join(f"{gain:+.2f}" for gain in by_seed),
+                      "{:+.4f} ({:+.4f} .. {:+.4f})".format(*ssim_gain)]
         lines.append(f"| {' | '.join(cells + [''] * (5 + len(directions) - len(cells)))} |")
     return "\n".join(lines)
 
@@ -146,7 +153,9 @@ def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new:
     path = own.out / "plan.json"
     options = {arm: base + shlex.split(words) for arm, words in arms.items()}
     costs = json.loads(path.read_text()) if path.exists() else {}
-    costs |= {arm: plan(own, words) for arm, words in options.items() if arm not in costs}
+    costs |= {arm: plan(words) for arm, words in options.items() if arm not in costs}
+    if other := [arm for arm, words in options.items() if costs[arm]["options"] != words]:
+        raise SystemExit(f"{path}: {', '.join(other)} was planned with other options; choose another --out")
     write_text(path, json.dumps(costs, indent=1))
     for seed, minutes, (arm, words) in itertools.product(range(own.seeds), own.minutes, options.items()):
         words = [*words, f"--seed={seed}"]

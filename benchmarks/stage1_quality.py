@@ -22,6 +22,7 @@ from models.prior import Prior
 from models.samplers import Sampling
 from training.checkpoint import STAGE_1, read_checkpoint, refuse_another_run
 from training.launch import choose_device, compute_dtype
+from utils.errors import UserError
 from utils.metrics import paired_gain, score
 
 SAMPLES = 8  # per subject and direction, and per batch of joint samples
@@ -33,7 +34,10 @@ def open_run(checkpoint: Path, settings) -> tuple[Study, Prior]:
     settings.validate()
     study, device, state = read_study(settings), choose_device(settings.device), read_checkpoint(checkpoint, (STAGE_1,))
     refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
-    return study, Prior.from_checkpoint(state, device, compute_dtype(settings.precision, device))
+    prior = Prior.from_checkpoint(state, device, compute_dtype(settings.precision, device))
+    if not prior.has_expected_volume:
+        raise UserError(f"{checkpoint}: has no expected volume (opt.prediction, opt.timestep_coupling)")
+    return study, prior
 
 
 def sampling_of(settings) -> Sampling:

@@ -18,7 +18,7 @@ from torch import Tensor
 class Purpose(IntEnum):
     """Second number of every noise key: no two uses share their noise."""
 
-    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, WITHHOLD, DROPOUT, AUGMENT, JOINT, GROUP = range(10)
+    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, DROPOUT, AUGMENT, JOINT, GROUP = range(9)
 
 
 GIVEN_FRACTION = 0.75  # of a direction's training draws in which the source is given clean (docs/measurements.md)
@@ -86,11 +86,12 @@ class Diffusion:
         return x0.clamp(-1, 1) if clip else x0
 
 
-def training_timesteps(coupling: str, timesteps: int, keys: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def training_timesteps(coupling: str, timesteps: int, keys: list[tuple[int, ...]],
+                       expected_fraction: float = EXPECTED_FRACTION) -> tuple[Tensor, Tensor]:
     """Timesteps of source and target, each (B,), for training a direction on pairs with these keys.
 
     "shared": one t for both. "independent": one each, and in GIVEN_FRACTION of the draws the source is given clean
-    (t = 0), so that the network learns to translate, too. The target's t is then T in EXPECTED_FRACTION of them, else
+    (t = 0), so that the network learns to translate, too. The target's t is then T in expected_fraction of them, else
     the larger of two draws: the source matters most where the target is noise.
     """
     drawn = []
@@ -103,5 +104,5 @@ def training_timesteps(coupling: str, timesteps: int, keys: list[tuple[int, ...]
         elif case >= 1:
             drawn.append((first, second))
         else:
-            drawn.append((0, timesteps if case < EXPECTED_FRACTION else max(first, second)))
+            drawn.append((0, timesteps if case < expected_fraction else max(first, second)))
     return torch.tensor([t for t, _ in drawn]), torch.tensor([t for _, t in drawn])

@@ -55,7 +55,7 @@ class Conv3d(nn.Conv3d):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with group normalisation, a shortcut, and (with emb_channels) a shift by the embedded timestep.
+    """Two convolutions with group normalisation, a shortcut, and a shift by the embedded timesteps.
 
     recompute: keep only the block's input for the backward pass and compute the rest again (gradient checkpointing,
     Chen et al. 2016).
@@ -68,20 +68,19 @@ class ResBlock(nn.Module):
         self.norm1, self.norm2 = nn.GroupNorm(8, in_channels), nn.GroupNorm(8, out_channels)
         self.conv1 = Conv3d(in_channels, out_channels, 3, padding=1)
         self.conv2 = Conv3d(out_channels, out_channels, 3, padding=1)
-        self.shift = nn.Linear(emb_channels, out_channels) if emb_channels else None
+        self.shift = nn.Linear(emb_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # every block starts as its shortcut
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         recompute = self.recompute and torch.is_grad_enabled()
         return checkpoint(self._forward, x, emb, use_reentrant=False) if recompute else self._forward(x, emb)
 
-    def _forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.shift is not None:
-            h = h + self.shift(F.silu(emb))[:, :, None, None, None]
+        h = h + self.shift(F.silu(emb))[:, :, None, None, None]
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 

@@ -76,13 +76,6 @@ def x0_error(x0: Tensor, truth: Tensor) -> Tensor:
     return F.l1_loss(x0, truth, reduction="none").mean(dim=(1, 2, 3, 4))
 
 
-def blend_weights(truth: Tensor, candidates: list[Tensor]) -> Tensor:
-    """Least-squares weights (len(candidates) + 1,) of truth ~ sum of weight x candidate + constant, over all voxels."""
-    columns = torch.stack([*(each.flatten() for each in candidates), truth.new_ones(truth.numel())], dim=1).double()
-    normal = columns.T @ columns / len(columns) + 1e-6 * torch.eye(columns.shape[1]).to(columns)
-    return torch.linalg.solve(normal, columns.T @ truth.flatten().double() / len(columns)).float()
-
-
 class PerceptualLoss(nn.Module):
     """Relative distance of VGG16 features of the mean projections of two volumes (B, 1, X, Y, Z) in [-1, 1].
 

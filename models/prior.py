@@ -54,32 +54,35 @@ class Prior:
              pattern_weight: float, kind: str) -> Tensor:
         """The pattern-aware loss (B,) of predicting one modality from both noisy volumes. mask: (B, 1, X, Y, Z).
 
-        Expected volumes weigh EXPECTED_WEIGHT as much: where noise is predicted, errors are several times as large.
+        Expected volumes count EXPECTED_WEIGHT times: where noise is predicted, errors are several times as large.
         """
         xt = {modality: self.diffusion.add_noise(x0[modality], noise[modality], t[modality]) for modality in x0}
-        predicted = self.predict(xt, t, {target}, group)[target]
-        wanted = self.diffusion.target(x0[target], noise[target], t[target])
-        loss = pattern_aware_loss(predicted, wanted, mask, pattern_weight, kind)
         source, = x0.keys() - {target}
-        expected = (t[source] == 0) & (t[target] == self.diffusion.timesteps)
+        expected = (t[source] == 0) & (t[target] == self.diffusion.timesteps) & self.has_expected_volume
+        blank = expected.view(-1, 1, 1, 1, 1)
+        xt[target], noise = xt[target].masked_fill(blank, 0), noise[target].masked_fill(blank, 0)
+        predicted = self.predict(xt, t, {target}, group)[target]
+        wanted = self.diffusion.target(x0[target], noise, t[target])
+        loss = pattern_aware_loss(predicted, wanted, mask, pattern_weight, kind)
         return torch.where(expected, EXPECTED_WEIGHT * loss, loss)
 
     @property
     def has_expected_volume(self) -> bool:
-        """Whether one evaluation at t = T translates: epsilon would be magnified by 1 / sqrt(alpha_bar_T), over 20,000,
-        and with shared timesteps the source is noise at T, too."""
+        """Whether one evaluation at t = T translates: an error of epsilon would be magnified by 1 / sqrt(alpha_bar_T),
+        over 20,000 for T = 1000, and with shared timesteps the source is noise at T, too."""
         return self.diffusion.prediction == "v" and self.coupling == "independent"
 
-    @torch.no_grad()
-    def expected(self, target: str, volume: Tensor) -> Tensor:
+    def expected(self, target: str, volume: Tensor, flips: bool = False) -> Tensor:
         """The expected volume E[x0 | source] of a modality (models/translator.py), from source volumes."""
         with self.autocast():
-            return Translator(self.network, self.diffusion.timesteps)(target, volume.to(self.device)).clamp(-1, 1)
+            translator = Translator(self.network, self.diffusion.timesteps)
+            return translator.translate(target, volume.to(self.device), flips=flips)
 
-    def translate(self, target: str, volume: Tensor, keys: list[tuple[int, ...]], sampling: Sampling) -> Tensor:
+    def translate(self, target: str, volume: Tensor, keys: list[tuple[int, ...]], sampling: Sampling,
+                  flips: bool = False) -> Tensor:
         """The expected volume, or one sample per key where the model has none."""
         if self.has_expected_volume:
-            return self.expected(target, volume)
+            return self.expected(target, volume, flips)
         return self.sample(keys, sampling, {self.network.source(target): volume})[target]
 
     def group_indices(self, groups: list[str]) -> Tensor:
@@ -92,8 +95,9 @@ class Prior:
         """A function (volumes, t) -> estimates of x0, of every modality that is not given.
 
         With independent timesteps the network sees a given modality clean, at t = 0; with shared timesteps it is
-        replaced at every step by its noised version. record: collects (t, noisy volumes,
-        estimates) of the first sample, as arrays (X, Y, Z). Raises Interrupted once a stop is requested.
+        replaced at every step by its noised version. At T it sees no noise, as in training: the first estimate of a
+        translation is the expected volume. record: collects (t, noisy volumes, estimates) of the first sample, as
+        arrays (X, Y, Z). Raises Interrupted once a stop is requested.
         """
         wanted, independent = noise.keys() - given.keys(), self.coupling == "independent"
 
@@ -107,6 +111,8 @@ class Prior:
                     xt[modality], t[modality] = volume, torch.zeros_like(t[modality])
                 else:
                     xt[modality] = self.diffusion.add_noise(volume, noise[modality], t[modality])
+            if given and now == self.diffusion.timesteps and self.has_expected_volume:
+                xt |= {modality: torch.zeros_like(xt[modality]) for modality in wanted}
             output = self.predict(xt, t, wanted, group)
             x0 = {modality: self.diffusion.to_x0(xt[modality], output[modality].to(xt[modality].dtype), t[modality])
                   for modality in noise if modality in wanted}

@@ -29,3 +29,12 @@ class Translator(nn.Module):
         clean = torch.zeros(len(volume), dtype=torch.long, device=volume.device)
         t = {source: clean, target: clean + self.timesteps}
         return -self.network({source: volume, target: start}, t, {target})[target]
+
+    @torch.no_grad()
+    def translate(self, target: str, volume: Tensor, coarse: Tensor | None = None, flips: bool = False) -> Tensor:
+        """As `forward`, in [-1, 1] and without gradients. flips: the mean with that of the mirrored volumes (X)."""
+        translated = self(target, volume, coarse)
+        if flips:
+            mirrored = self(target, volume.flip(2), None if coarse is None else coarse.flip(2))
+            translated = (translated + mirrored.flip(2)) / 2
+        return translated.clamp(-1, 1)

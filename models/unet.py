@@ -60,7 +60,7 @@ class UNet(nn.Module):
                 self.middle = ResBlock(width, width, emb_channels, config.dropout)
             size = tuple((n + 1) // 2 for n in size)
 
-    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h, skips = self.stem(x), []
         for level, blocks in enumerate(self.down):
             for block in blocks:

@@ -38,9 +38,10 @@ class TrainedModel:
     ranges: dict[str, tuple[float, float]]  # intensities, in file units, of -1 and 1
     affines: dict[str, np.ndarray]  # (4, 4), RAS, of the first training pair
 
-    def translate(self, source: str, target: str, volumes: np.ndarray, keys: list[int], realism: float = 0.0,
-                  uncertainty_samples: int = 0) -> dict[str, np.ndarray]:
-        """Source volumes (B, X, Y, Z) -> {description: target volumes}. keys: of the noise, one per volume.
+    def translate(self, source: str, target: str, volumes: np.ndarray, keys: list[int], flips: bool = False,
+                  realism: float = 0.0, uncertainty_samples: int = 0) -> dict[str, np.ndarray]:
+        """Source volumes (B, X, Y, Z) -> {description: target volumes}. keys: of the noise, one per volume. flips: as
+        for `Translator.translate`.
 
         "synth": what the model expects, plus realism x what a sample of the prior adds to the prior's expected volume:
         the straight line from the least error (0) to a sample's texture (1), which is the best trade of both (Freirich
@@ -53,9 +54,9 @@ class TrainedModel:
             joint = self.options["coarse"] == "joint"
             coarse = self.prior.sample(noise_keys, self.sampling)[target] if joint else None
             with self.prior.autocast():
-                volume = self.refiner(target, given, coarse).clamp(-1, 1)
+                volume = self.refiner.translate(target, given, coarse, flips)
         else:
-            volume = self.prior.translate(target, given, noise_keys, self.sampling)
+            volume = self.prior.translate(target, given, noise_keys, self.sampling, flips)
         if realism:
             texture = self._samples(source, target, given, keys, 1) - self.prior.expected(target, given)
             volume = (volume + realism * texture).clamp(-1, 1)
@@ -96,7 +97,8 @@ def open_model(opt, device: torch.device) -> TrainedModel:
         raise UserError('opt.resume_path = "": give a trained model, for example "./checkpoints/best_refine.pth"')
     state = read_checkpoint(Path(opt.resume_path), (STAGE_1, STAGE_2))
     trained, stage = state["options"], STAGE_1 if opt.joint_samples else state["stage"]
-    options = {**(trained if stage == STAGE_2 else opt.resolved()), "batch_size": opt.batch_size}
+    joint = stage == STAGE_2 and trained["coarse"] == "joint"  # then samples are part of its translations
+    options = {**(trained if joint else opt.resolved()), "coarse": trained["coarse"], "batch_size": opt.batch_size}
     try:
         prior = Prior.from_checkpoint(state.get("backbone", state), device, compute_dtype(opt.precision, device))
         refiner = open_refiner(state, prior) if stage == STAGE_2 else None
@@ -105,14 +107,14 @@ def open_model(opt, device: torch.device) -> TrainedModel:
         ranges, affines = state["ranges"], {name: np.array(affine, float) for name, affine in state["affines"].items()}
     except UNFIT as error:
         raise UserError(f"{opt.resume_path}: does not fit this version of PDS ({error}); train again") from error
-    if opt.realism and not prior.has_expected_volume:
+    if opt.realism and not opt.joint_samples and not prior.has_expected_volume:
         raise UserError(f"opt.realism = {opt.realism}: {opt.resume_path} has no expected volume (opt.prediction = "
                         f"{prior.diffusion.prediction!r}, opt.timestep_coupling = {prior.coupling!r}); set it to 0")
     sampling, timesteps = Sampling(*(options[name] for name in SAMPLING_OPTIONS[:3])), prior.diffusion.timesteps
     if sampling.steps > timesteps:
         raise UserError(f"opt.sampling_steps = {sampling.steps}: the model has {timesteps} timesteps; use fewer steps")
     if ignored := [name for name in SAMPLING_OPTIONS if getattr(opt, name) != options[name]]:
-        print(f"note: stage 2 translates as it was trained; ignored: opt.{', opt.'.join(ignored)}")
+        print(f"note: stage 2 translates with joint samples as it was trained; ignored: opt.{', opt.'.join(ignored)}")
     provenance = {"Stage": stage, "Weights": [content_hash(network) for network in (prior.network, refiner) if network],
                   "Training": {name: state["fingerprints"][name] for name in ("data", "split")},
                   "Precision": str(prior.dtype), **{name: options[name] for name in SAMPLING_OPTIONS}}

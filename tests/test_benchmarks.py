@@ -8,9 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 import main
-from benchmarks import ablation, augmentation, group_difference, sampling, stage1_quality, step
+from benchmarks import (
+    ablation,
+    augmentation,
+    chart,
+    equal_time,
+    group_difference,
+    realism,
+    sampling,
+    stage1_quality,
+    step,
+)
 from data.study import read_study
 from opt import PRESETS, opt
 from tests.conftest import SIZES, arguments, read_csv, refine_arguments
@@ -107,3 +119,53 @@ def test_augmentation_draws_as_many_pairs_of_each_group_and_its_classifier_learn
     assert related > 0.9 and abs(unrelated - 0.5) < 0.2
     with pytest.raises(UserError, match="draw more"):
         augmentation.draw_alike(groups, np.array(["A"] * 40), random)
+
+
+def test_realism_costs_error_and_a_spectrum_knows_blur(grouped, capsys):
+    real = np.random.default_rng(0).normal(size=(24, 24, 20))
+    blurred = gaussian_filter(real, 1)
+    assert realism.texture(real, real) == (1, 0) and realism.texture(real + 0, 2 * real)[0] == pytest.approx(0.25)
+    assert realism.texture(10**0.5 * real, real)[1] == pytest.approx(10)  # ten times the power at every frequency
+    power, distance = realism.texture(blurred, real)
+    assert power < 0.1 and distance > 5
+    realism.report(grouped[1] / "best_refine.pth", settings_of(grouped[0]))
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "->" in line]
+    assert [float(row[2]) for row in rows] == 2 * list(realism.REALISM)
+    assert float(rows[0][3]) > float(rows[4][3])
+
+
+def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, monkeypatch):
+    def run(command):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, main.main(command[2:]))
+
+    calls, arms = [], {name: equal_time.ARMS[name] for name in (equal_time.REFERENCE, "two stages")}
+    monkeypatch.setattr(equal_time, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(equal_time, "run_case", lambda options, stage: {"seconds_per_step": 1.0})
+    own = SimpleNamespace(minutes=[4 / 60], seeds=2, out=tmp_path)
+    options = [word for word in grouped[0] if word != "--max_steps"][:-1]
+    for _ in range(2):  # finished runs are not repeated
+        equal_time.compare(own, options, arms, [])
+    rows = read_csv(tmp_path / "scores.csv")
+    assert len(calls) == 8 and len(rows) == 2 * 2 * 2 * 2  # arms, seeds, test subjects, directions
+    assert {(row["arm"], row["steps_1"], row["steps_2"]) for row in rows} == {
+        (equal_time.REFERENCE, "1", "4"), ("two stages", "2", "2")}
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "table.md").read_text().count("\n| ") == 2
+
+
+def test_the_table_of_equal_time_is_a_paired_gain():
+    rows = [{"arm": arm, "minutes": 6, "seed": seed, "subject": str(subject), "direction": direction,
+             "psnr": 20 + 5 * subject + gain * (1 + 0.2 * (subject - 1)) + seed, "ssim": 0.5 + gain / 100}
+            for arm, gain in ((equal_time.REFERENCE, 0), ("two stages", 0.25)) for seed in (0, 1)
+            for subject in range(3) for direction in ("a->b", "b->a")]
+    first, second = equal_time.table(rows).splitlines()[2:]
+    assert "25.50 +- 0.71 / 0.500 +- 0.000" in first and "25.75 +- 0.71" in second
+    assert "| +0.25 (+0.20 .. +0.30) | +0.25, +0.25 | +0.0025" in second
+    assert "| +0.25 |" in equal_time.table(rows[:6] + rows[12:]).splitlines()[3]  # the seed that both arms have
+
+
+def test_a_chart_has_round_ticks_that_include_all_points(tmp_path):
+    assert chart.ticks(23.1, 28.2) == pytest.approx([23, 24, 25, 26, 27, 28, 29])
+    assert chart.ticks(0, 0.034) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
+    chart.save_chart(tmp_path / "chart.png", {"one": np.array([[6, 27.0]])}, "x", "y")
+    assert (np.asarray(Image.open(tmp_path / "chart.png")) == (0, 0, 255)).all(axis=2).sum() > 20

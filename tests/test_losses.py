@@ -35,12 +35,6 @@ def test_structure_loss_is_one_minus_the_ssim_of_scikit_image():
     assert structure_loss(truth, truth).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_blend_weights_find_the_mixture():
-    a, b = torch.randn(2, 1, 5, 5, 5), torch.randn(2, 1, 5, 5, 5)
-    blend = losses.blend_weights(0.7 * a - 0.2 * b + 0.1, [a, b])
-    torch.testing.assert_close(blend, torch.tensor([0.7, -0.2, 0.1]), atol=1e-4, rtol=0)
-
-
 def test_the_perceptual_loss_grows_with_the_difference_and_is_a_mean_over_pairs(vgg_weights):
     loss, truth = PerceptualLoss({**vgg_weights, "classifier.0.weight": torch.zeros(1)}), torch.rand(3, 1, 12, 13, 11)
     refined = (truth + 0.1 * torch.randn(truth.shape)).requires_grad_()

@@ -27,3 +27,14 @@ def test_source_and_mean_reach_the_output_directly():
         network.net("b").gain.bias.copy_(torch.tensor([-0.5, -2.0, -0.25]))
     output = Translator(network, 900)("b", torch.ones_like(x["a"]), x["b"])
     torch.testing.assert_close(output, 0.5 * x["b"] + 2.75)
+
+
+def test_the_mean_of_flips_does_not_change_when_the_source_is_mirrored():
+    torch.manual_seed(0)
+    translator, x = Translator(randomised(DualModalUNet(SIZES, CONFIG), 0.05), 900), noise()
+    one, other = (translator.translate("b", volume, flips=True) for volume in (x["a"], x["a"].flip(2)))
+    torch.testing.assert_close(one, other.flip(2), atol=1e-5, rtol=0)
+    single = translator.translate("b", x["a"])
+    assert not torch.allclose(one, single, atol=1e-3) and 0 < single.abs().max() <= 1 and not single.requires_grad
+    translator.network.set_means({modality: torch.full((1, 1, *size), 100.0) for modality, size in SIZES.items()})
+    assert translator.translate("b", x["a"], flips=True).abs().max() == 1

@@ -30,7 +30,7 @@ class CoarseVolumes:
         self.sampling = Sampling(opt.sampler, opt.sampling_steps, opt.eta)
         times = timestep_spacing(prior.diffusion.timesteps, opt.sampling_steps, opt.sampler)
         key = (prior_hash, prior.diffusion.prediction, prior.coupling, self.sampling, times, opt.seed, prior.dtype,
-               study.fingerprint)
+               opt.batch_size, study.fingerprint)
         self.folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
 
     def volumes(self, target: str, members: list[int]) -> torch.Tensor:
@@ -41,6 +41,10 @@ class CoarseVolumes:
         if self.opt.coarse == "joint":
             return torch.from_numpy(np.stack([load_volume(self._path(target, i))[None] for i in members]))
         return self.means[target].expand(len(members), -1, -1, -1, -1)
+
+    def input(self, target: str, members: list[int]) -> torch.Tensor | None:
+        """What stage 2 sees in the place of the noisy target: joint samples, or else nothing."""
+        return self.volumes(target, members) if self.opt.coarse == "joint" else None
 
     def prepare(self) -> None:
         """Draw the joint samples that are missing, divided among the ranks. Raises Interrupted on all ranks, UserError.

@@ -33,7 +33,7 @@ MicroBatch = tuple[str, list[int], float]  # target; places in the batch, 0 .. B
 class Stage:
     """What `fit` asks of a stage. Subclasses set the attributes below, and define
 
-    begin(resumed): what is done before the first step of this process
+    begin(): what is done before the first step of this process
     load(micro_batch, batch, step): its data, on the device
     loss(network, micro_batch, data): its weighted loss, and terms for the log
     validate(network): (column, score) of this rank's share of the validation subjects; the mean over the columns of
@@ -109,9 +109,8 @@ def fit(stage: Stage) -> bool:
     if is_main_rank():
         write_split(stage.folder / "split.csv", study.pairs, study.roles)
         write_run_record(stage.folder / "run.json", run, opt.resolved(), type(opt)().resolved(), study.split)
-    stage.begin(resumed)
+    stage.begin()
     if not resumed:
-        ema.model.load_state_dict(stage.network.state_dict())  # stage 2 has just fitted its blend
         run.save(run.last)
     network, finished, start = wrap_ddp(stage.network, stage.device), False, run.step
 

@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 MAX_BAD_STEPS = 5  # in a row
 FIRST_SCALE, STEPS_BEFORE_RAISE = 2.0**16, 2000  # of the loss in float16 (Micikevicius et al. 2018)
-OUTER_LAYERS = {"stem", "target_stem", "head", "gain", "group", "group_gain"}  # at the ends of the networks
+OUTER_LAYERS = {"stem", "target_stem", "head", "gain", "group"}  # at the ends of the networks
 MUON_RATE = 20.0  # times Adam's rate: Muon's update has length 1 per row of a matrix, Adam's about 1 per weight
 DECAY_FRACTION = 0.25  # of the steps after warm-up, at the end
 COUNTERS = ("taken", "bad_in_a_row", "loss_scale", "since_overflow")  # saved with the optimiser's state
@@ -44,8 +44,8 @@ class Optimiser:
         self.loss_scale = FIRST_SCALE if float16 else 1.0
 
     def learning_rate(self) -> float:
-        """Of the next step: rises linearly to the peak, stays there, and falls as half a cosine towards 0 (WSD, Hu et
-        al. 2024; the averaged weights need no longer decay)."""
+        """Of the next step: rises linearly to the peak, stays there, and falls as half a cosine towards 0 (Hu et al.
+        2024). Weights that are averaged do not need a longer decay."""
         if self.taken < self.warmup:
             return self.peak * (self.taken + 1) / self.warmup
         start = self.warmup + (1 - DECAY_FRACTION) * (self.total - self.warmup)

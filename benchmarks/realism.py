@@ -1,0 +1,68 @@
+"""What realism costs: error against texture, along the line from the expected volume to a sample.
+
+    python -m benchmarks.realism checkpoints/best_refine.pth [options of main.py, as the run had them]
+
+Translates the test subjects with opt.realism = 0, 0.25, 0.5, 0.75 and 1. Prints per direction: PSNR and SSIM; the power
+at 0.25 .. 0.5 cycles per voxel over that of the real volume (1: as much texture, below: blur); and the log-spectral
+distance, in dB: the root mean square difference of the radial power spectra, 10 log10 of each.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import run_report
+from data.study import read_study
+from models.diffusion import name_key
+from synthesis.model import open_model
+from training.checkpoint import STAGE_1, STAGE_2, read_checkpoint, refuse_another_run
+from training.launch import choose_device
+from utils.metrics import score
+
+REALISM = (0.0, 0.25, 0.5, 0.75, 1.0)
+BINS = 16  # of the spectrum, up to 0.5 cycles per voxel
+FINE = 0.25  # cycles per voxel, above which power is called fine
+
+
+def spectrum(volume: np.ndarray) -> np.ndarray:
+    """Mean power of (X, Y, Z) in BINS shells of equal width up to 0.5 cycles per voxel, with a Hann window."""
+    for axis, n in enumerate(volume.shape):
+        volume = volume * np.hanning(n + 2)[1:-1].reshape([-1 if a == axis else 1 for a in range(3)])
+    power = np.abs(np.fft.fftn(volume)) ** 2
+    radius = np.sqrt(sum(np.square(each) for each in np.meshgrid(*map(np.fft.fftfreq, volume.shape), indexing="ij")))
+    shell = np.minimum((radius / 0.5 * BINS).astype(int), BINS)  # the last one, the corners, is left out
+    totals, counts = (np.bincount(shell.ravel(), each, BINS + 1)[:BINS] for each in (power.ravel(), None))
+    return totals / np.maximum(counts, 1)  # a small grid leaves shells empty
+
+
+def texture(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """Fine power of `made` over that of `real`, and their log-spectral distance in dB."""
+    ours, theirs = spectrum(made), spectrum(real)
+    fine, filled = np.arange(BINS) >= 2 * FINE * BINS, theirs > 0
+    decibels = 10 * np.log10(ours[filled] / theirs[filled])
+    return float(ours[fine].sum() / theirs[fine].sum()), float(np.sqrt(np.mean(decibels**2)))
+
+
+def report(checkpoint: Path, settings) -> None:
+    settings.validate()
+    settings.resume_path, settings.realism, study = str(checkpoint), max(REALISM), read_study(settings)
+    refuse_another_run(checkpoint, read_checkpoint(checkpoint, (STAGE_1, STAGE_2)), {},
+                       {"data": study.fingerprint, "split": study.split_fingerprint})
+    model = open_model(settings, choose_device(settings.device))
+    print("| direction | realism | PSNR, dB | SSIM | fine power | log-spectral distance, dB |")
+    print(f"|{'---|' * 6}")
+    for source, target in model.prior.network.directions:
+        for realism in REALISM:
+            rows = []
+            for i in study.roles["test"]:
+                real = {modality: volume[:, 0].numpy() for modality, volume in study.volumes([i]).items()}
+                key = name_key(study.pairs[i].name)
+                made = model.translate(source, target, real[source], [key], realism=realism)["synth"][0]
+                scores = score(made, real[target][0], {})["volume"]
+                rows.append((scores["psnr"], scores["ssim"], *texture(made, real[target][0])))
+            psnr, ssim, power, distance = np.mean(rows, axis=0)
+            print(f"| {source}->{target} | {realism:g} | {psnr:.2f} | {ssim:.3f} | {power:.2f} | {distance:.2f} |")
+
+
+if __name__ == "__main__":
+    run_report(report, __doc__, "best_model.pth or best_refine.pth")
