@@ -7,8 +7,13 @@ import pytest
 import torch
 
 import main
+from data.study import read_study
+from opt import PRESETS, opt
 from tests.conftest import arguments, read_csv, refine_arguments, weights
 from tests.test_train import refusal
+from train_refine import Stage2
+from training.checkpoint import STAGE_1, read_checkpoint
+from utils.arguments import parse_arguments
 
 
 def words_of(trained, study_csv, folder, *more: str) -> list[str]:
@@ -36,6 +41,26 @@ def test_stage_2_reports_on_the_test_subjects_and_saves_its_backbone(trained):
     assert saved["stage"] == "stage 2" and saved["backbone"]["stage"] == "stage 1"
     assert not saved["backbone"].keys() & {"model", "optimiser"}
     torch.testing.assert_close(saved["backbone"]["ema"]["model"], backbone["ema"]["model"], rtol=0, atol=0)
+
+
+def test_stage_2_starts_as_the_expected_volume_of_stage_1(trained, study_csv):
+    settings = parse_arguments(opt, PRESETS, refine_arguments(study_csv, trained), "test")
+    study, state = read_study(settings), read_checkpoint(trained / "checkpoints/best_model.pth", (STAGE_1,))
+    stage = Stage2(settings, study, torch.device("cpu"), state)
+    for source, target in stage.prior.network.directions:
+        expected = stage.prior.expected(target, study.volumes([0])[source])
+        assert torch.equal(stage.refined(stage.network, target, 0), expected) and expected.std() > 0.05
+        assert torch.equal(stage.coarse.volumes(target, [0]), expected)
+
+
+def test_a_prior_without_expected_volume_is_refused_for_it(trained, study_csv, tmp_path, capsys):
+    state = weights(trained / "checkpoints/best_model.pth")
+    state["options"]["prediction"] = "epsilon"
+    torch.save(state, tmp_path / "epsilon.pth")
+    words = words_of(trained, study_csv, tmp_path, "--resume_path", str(tmp_path / "epsilon.pth"))
+    message = refusal(capsys, words)
+    assert 'opt.coarse = "expected"' in message and "'epsilon'" in message and '"joint"' in message
+    assert main.main([*words, "--coarse", "joint"]) == 0
 
 
 @pytest.mark.parametrize("name, epochs", [("best_refine.pth", "4"), ("last_refine.pth", "3")])
