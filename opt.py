@@ -53,8 +53,9 @@ class Options(Settings):
     # brain ("brain_percentile", "brain_minmax": largest component above Otsu's threshold); or one per modality
     intensity: str | dict = setting("percentile", affects="data", per_modality=True,
                                     choices=("percentile", "minmax", "brain_percentile", "brain_minmax"))
-    # random, per pair and step: "flip" (left-right) and "affine" (5 degrees, 5 %, 3 mm), the same for both modalities,
-    # and "intensity" (a random grey-value curve), one per modality. Example: ("flip", "affine", "intensity"); (): none
+    # random, per pair and step: "flip" (left-right) and "affine" (5 degrees, 5 %, 3 mm; blurs a little, so not in the
+    # last quarter), the same for both modalities, and "intensity" (a random grey-value curve), one per modality.
+    # Example: ("flip", "affine", "intensity"); (): none
     augment: tuple[str, ...] = setting((), choices=("flip", "affine", "intensity"))
     # "auto": MNI for the demo and files named space-MNI...; only MNI space has the networks of the pattern-aware loss
     space: Literal["auto", "mni", "native"] = "auto"

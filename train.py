@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.augment import augmentation, load_batch, to_device
+from data.augment import load_batch, to_device
 from data.split import groups_to_learn
 from data.study import Study
 from models.diffusion import (
@@ -80,8 +80,7 @@ class Stage1(Stage):
     def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
         """Volumes, masks, noise and timesteps by modality, and group indices; keyed by (seed, step, place, target)."""
         (target, places, _), opt, study, group = micro_batch, self.opt, self.study, None
-        x0, masks = load_batch(study, [batch[place] for place in places], augmentation(opt, study, step, places),
-                               self.device)
+        x0, masks = load_batch(study, [batch[place] for place in places], self.transform(step, places), self.device)
         source, keys = self.network.source(target), [(step, place, study.modalities.index(target)) for place in places]
         noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
         times = training_timesteps(opt.timestep_coupling, opt.timesteps,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.augment import augmentation, load_batch, to_device
+from data.augment import load_batch, to_device
 from data.intensity import brain_region
 from data.study import Study
 from models.losses import load_perceptual_loss, microstructure_loss, structure_loss, tissue_loss
@@ -80,7 +80,7 @@ class Stage2(Stage):
     def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
         """Source, truth, mask of the truth and, if the network is given one, coarse volume, each (B, 1, X, Y, Z)."""
         target, places, _ = micro_batch
-        members, transform = [batch[place] for place in places], augmentation(self.opt, self.study, step, places)
+        members, transform = [batch[place] for place in places], self.transform(step, places)
         volumes, masks = load_batch(self.study, members, transform, self.device)
         coarse = self.coarse.input(target, members)
         if coarse is not None:

@@ -61,12 +61,11 @@ def _affine_matrix(draw: Tensor, extent: Tensor) -> Tensor:
     return torch.cat([linear, shift[:, None]], dim=1)[[2, 1, 0]][:, [2, 1, 0, 3]]
 
 
-def augmentation(opt, study: Study, step: int, places: list[int]) -> PairTransform | None:
-    """The transform of opt.augment for these places in the batch of a step, keyed by (seed, step, place); or None."""
-    if not opt.augment:
-        return None
-    return PairTransform(opt.augment, study.modalities, study.extent,
-                         [keyed_generator(opt.seed, Purpose.AUGMENT, step, place) for place in places])
+def augmentation(kinds: Collection[str], study: Study, seed: int, step: int,
+                 places: list[int]) -> PairTransform | None:
+    """The transform for these places in the batch of a step, keyed by (seed, step, place); None without kinds."""
+    return PairTransform(kinds, study.modalities, study.extent, [
+        keyed_generator(seed, Purpose.AUGMENT, step, place) for place in places]) if kinds else None
 
 
 def load_batch(study: Study, batch: list[int], transform: PairTransform | None,

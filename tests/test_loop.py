@@ -78,3 +78,12 @@ def test_a_finished_run_ends_at_once_also_with_fewer_steps(study_csv, tmp_path):
     for max_steps in (2, 1):
         assert fit(new_stage(study_csv, tmp_path, max_steps=max_steps))
         assert weights(tmp_path / "checkpoints/last_model.pth")["step"] == 2
+
+
+def test_affine_augmentation_ends_where_the_learning_rate_decays(study_csv, tmp_path):
+    first = new_stage(study_csv, tmp_path, augment=("affine", "intensity"), epochs=8)  # 16 steps
+    transforms = [first.transform(step, [0, 1]) for step in range(16)]
+    assert [each.matrices is not None for each in transforms] == [True] * 12 + [False] * 4
+    assert all((gamma != 1).all() for each in transforms for gamma in each.gammas.values())
+    first.opt.augment = ("affine",)
+    assert first.transform(0, [0]) and first.transform(12, [0]) is None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from data.augment import PairTransform, augmentation
 from data.grids import spacing_of
 from data.intensity import to_units
 from data.split import write_split
@@ -21,7 +22,7 @@ from training.checkpoint import Checkpoint
 from training.distributed import all_reduce_sum, is_main_rank, rank, shard, stop_requested_on_any_rank, wrap_ddp
 from training.ema import EMA
 from training.log import Log, write_run_record
-from training.optimise import Optimiser
+from training.optimise import DECAY_FRACTION, Optimiser
 from utils.errors import UserError
 from utils.figures import Panel, save_grid
 from utils.stop import Interrupted, stop
@@ -74,6 +75,21 @@ class Stage:
         return [(target, places, weight * len(places) / len(jobs))
                 for target, places, weight in split_jobs(jobs, self.opt.accumulate)]
 
+    def total_steps(self) -> int:
+        """The steps of the whole run."""
+        steps = self.epochs * steps_per_epoch(self.study.roles["train"], self.opt.batch_size)
+        return min(steps, self.opt.max_steps or steps)
+
+    def transform(self, step: int, places: list[int]) -> PairTransform | None:
+        """The random transform of opt.augment for these places in the batch.
+
+        "affine" interpolates, which blurs source and target: not while the learning rate decays, so that a network ends
+        on volumes as sharp as those it is used for.
+        """
+        decays = step >= (1 - DECAY_FRACTION) * self.total_steps()
+        kinds = [kind for kind in self.opt.augment if not (kind == "affine" and decays)]
+        return augmentation(kinds, self.study, self.opt.seed, step, places)
+
     def panel(self, modality: str, i: int, volume: np.ndarray, caption: str = "", **how: object) -> Panel:
         """A volume (X, Y, Z) on the grid of pair i, for a picture."""
         return Panel(volume, spacing_of(self.study.affines[modality][i]), caption, **how)
@@ -96,7 +112,7 @@ def fit(stage: Stage) -> bool:
     """Train until the last step or until a stop is requested; returns whether the run is finished."""
     opt, study, members = stage.opt, stage.study, stage.study.roles["train"]
     per_epoch = steps_per_epoch(members, opt.batch_size)
-    total = min(stage.epochs * per_epoch, opt.max_steps or math.inf)
+    total = stage.total_steps()
     ema = EMA(stage.network, opt.ema_decay)
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
