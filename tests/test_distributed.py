@@ -65,6 +65,17 @@ def test_two_ranks_have_the_curve_of_one(both, stage, metric):
     assert len(validated[0]) == 2 and validated[0] == pytest.approx(validated[1], rel=1e-3)
 
 
+def test_the_default_stage_2_starts_alike_on_two_ranks(pairs, both, tmp_path):
+    """From the expected volume, with Muon."""
+    for ranks in (1, 2):
+        words = words_of(pairs, tmp_path / str(ranks), "--coarse", "expected", "--refine_optimiser", "muon", "--refine",
+                         "--max_steps", "2", "--resume_path", str(both[1] / "checkpoints/best_model.pth"))
+        assert (main.main(words) if ranks == 1 else [rank.returncode for rank in run_ranks(*words)]) in (0, [0, 0])
+    one, two = ([float(row["loss"]) for row in read_csv(tmp_path / ranks / "results/refine/log.csv")
+                 if row["kind"] == "training"] for ranks in "12")
+    assert len(one) == 2 and one[0] == pytest.approx(two[0], rel=1e-5) and one[1] == pytest.approx(two[1], rel=0.02)
+
+
 def test_only_the_main_rank_writes_and_prints(both):
     for stage, said in (("stage1", "Stage 1 is finished"), ("refine", "Stage 2 is finished")):
         output = (both[2] / f"{stage}.txt").read_text()
