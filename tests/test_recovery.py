@@ -267,7 +267,7 @@ def test_the_other_checkpoint_replaces_a_damaged_one(study_csv, trained, tmp_pat
 
 def test_another_run_in_the_same_folders_is_refused_and_left_alone(study_csv, trained, tmp_path, capsys):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    for more, said in ((["--learning_rate", "0.5"], "learning_rate: 0.001 there, 0.5 now"),
+    for more, said in ((["--learning_rate", "0.5"], "learning_rate: 0.0005 there, 0.5 now"),
                        (["--seed", "5"], "seed: 0 there, 5 now"),
                        (["--checkpoint_dir", str(tmp_path / "elsewhere")], "result_dir")):
         assert main.main(arguments(study_csv, trained, *more)) == 2
