@@ -111,8 +111,8 @@ class Options(Settings):
     vgg_download: bool = setting(False, affects="nothing")  # download the file into that cache if missing (528 MB)
 
     # ---- Training
-    # of stage 1. "muon" needs far fewer steps than "adam" (published), which take 1.15 times as long; for "adam" four times
-    optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")  # the learning rate
+    # of stage 1; steps of "muon" take 1.15 times as long as those of "adam" (published), but far fewer are needed. For
+    optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")  # "adam" take four times learning_rate
     refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")  # of stage 2
     # stage 1: rate of Adam, after warm-up and until the last quarter, in which it decays; Muon's is 20 times as high
     learning_rate: float = setting(5e-4, above=0, at_most=1, affects="stage 1")
