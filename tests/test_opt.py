@@ -78,4 +78,4 @@ def test_resolved_settings_spell_out_what_is_given_per_modality():
         resolved = chosen.resolved()
         assert list(resolved["image_size"].items()) == [("fmri", (64,) * 3), ("dmri", (64,) * 3)]
     assert resolved["reduce"] == {"fmri": "std", "dmri": "b0"}
-    assert list(resolved) == list(chosen.as_dict()) and resolved["epochs"] == 120
+    assert list(resolved) == list(chosen.as_dict()) and resolved["epochs"] == small().epochs

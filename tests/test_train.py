@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_losses_and_a_golden_value(trained, study_c
     """A loss that must not drift unnoticed: float32 on the CPU, the tiny configuration."""
     assert main.main(arguments(study_csv, tmp_path)) == 0
     assert losses(tmp_path) == losses(trained)
-    np.testing.assert_allclose(losses(tmp_path)[:4], [1.27356, 0.738156, 1.54863, 1.48027], rtol=5e-3)
+    np.testing.assert_allclose(losses(tmp_path)[:4], [1.27356, 0.749212, 1.64923, 1.6311], rtol=5e-3)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "refine"])
