@@ -107,9 +107,11 @@ def open_model(opt, device: torch.device) -> TrainedModel:
         ranges, affines = state["ranges"], {name: np.array(affine, float) for name, affine in state["affines"].items()}
     except UNFIT as error:
         raise UserError(f"{opt.resume_path}: does not fit this version of PDS ({error}); train again") from error
-    if opt.realism and not opt.joint_samples and not prior.has_expected_volume:
-        raise UserError(f"opt.realism = {opt.realism}: {opt.resume_path} has no expected volume (opt.prediction = "
-                        f"{prior.diffusion.prediction!r}, opt.timestep_coupling = {prior.coupling!r}); set it to 0")
+    needs = "realism" if opt.realism else "average_flips" if opt.average_flips and not refiner else ""
+    if needs and not opt.joint_samples and not prior.has_expected_volume:
+        raise UserError(f"opt.{needs} = {getattr(opt, needs)}: {opt.resume_path} has no expected volume "
+                        f"(opt.prediction = {prior.diffusion.prediction!r}, opt.timestep_coupling = "
+                        f"{prior.coupling!r}); leave it out")
     sampling, timesteps = Sampling(*(options[name] for name in SAMPLING_OPTIONS[:3])), prior.diffusion.timesteps
     if sampling.steps > timesteps:
         raise UserError(f"opt.sampling_steps = {sampling.steps}: the model has {timesteps} timesteps; use fewer steps")

@@ -283,7 +283,7 @@ def test_no_file_runs_code(study_csv, trained, tmp_path, capsys):
 
     owned, best = tmp_path / "owned", trained / "checkpoints/best_model.pth"
     torch.save({"features.0.weight": Malicious()}, tmp_path / "vgg.pth")
-    torch.save({"format": 2, "stage": Malicious()}, tmp_path / "torch.pth")
+    torch.save({"format": 3, "stage": Malicious()}, tmp_path / "torch.pth")
     shutil.copy(best, tmp_path / "flipped.pth")
     flip_a_bit(tmp_path / "flipped.pth")
     for name, content in (("empty.pth", b""), ("page.pth", b"<html></html>"), ("cut.pth", best.read_bytes()[:-1000]),

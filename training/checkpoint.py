@@ -16,7 +16,7 @@ from training.distributed import is_main_rank, same_on_all_ranks
 from utils.errors import UserError
 from utils.files import replace_file
 
-FORMAT = 2
+FORMAT = 3
 STAGE_1, STAGE_2 = "stage 1", "stage 2"
 FILES = {STAGE_1: ("last_model.pth", "best_model.pth"), STAGE_2: ("last_refine.pth", "best_refine.pth")}
 REQUIRED = {"step": int, "best": float, "run_id": str, "options": dict, "fingerprints": dict, "sizes": dict,
