@@ -55,7 +55,7 @@ class Stage2(Stage):
         if opt.coarse == "expected":  # start as the prior's answer
             network.load_state_dict(self.prior.network.state_dict())
         else:
-            network.set_means(study.mean_volumes(self.prior.groups))
+            network.set_means({target: self.prior.network.net(target).mean for target in study.modalities})
         network.set_recompute(opt.gradient_checkpointing)
         self.network = Translator(network, self.prior.diffusion.timesteps)
         with local_main_first():  # one rank per machine downloads
@@ -157,7 +157,7 @@ class Stage2(Stage):
                 regions = {"brain": brain_region(truth), "pattern": masks[target][0, 0].numpy() > 0}
                 refined = self.refined(network, target, i, self.opt.average_flips)
                 candidates = {"refined": refined, "coarse": self.coarse.volumes(target, [i]),
-                              "mean": self.coarse.means[target], "source": real[source]}
+                              "mean": self.coarse.mean(target), "source": real[source]}
                 if self.opt.coarse == "none":
                     del candidates["coarse"]
                 if study.sizes[source] != study.sizes[target]:

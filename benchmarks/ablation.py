@@ -49,14 +49,19 @@ def scores(folder: Path, stage: int, steps: int) -> dict:
         return {}
 
 
+def run_main(folder: Path, steps: int, options: list[str]) -> None:
+    """Train or resume a run of so many steps in a folder, in a child process. Exits where it fails or is stopped."""
+    print(f"---- {folder.name}: {steps} steps", flush=True)
+    command = [sys.executable, "main.py", "--no-tensorboard", *options, f"--max_steps={steps}", "--epochs=99999",
+               "--refine_epochs=99999", f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
+
+
 def train(folder: Path, stage: int, steps: int, options: list[str]) -> dict:
     """Train or resume a run, unless it is finished; returns its scores."""
     if not scores(folder, stage, steps):
-        print(f"---- {folder.name}: {steps} steps", flush=True)
-        command = [sys.executable, "main.py", "--no-tensorboard", "--num_samples=8", *options, f"--max_steps={steps}",
-                   "--epochs=99999", "--refine_epochs=99999", f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
-        if subprocess.run(command).returncode:
-            raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
+        run_main(folder, steps, ["--num_samples=8", *options])
     return scores(folder, stage, steps)
 
 

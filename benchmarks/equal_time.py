@@ -14,14 +14,13 @@ import csv
 import itertools
 import json
 import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.ablation import run_main
 from benchmarks.augmentation import new_subjects
 from benchmarks.chart import save_chart
 from benchmarks.step import run_case
@@ -68,13 +67,8 @@ def train(folder: Path, costs: dict, minutes: float, options: list[str]) -> dict
     if not run["finished"]:
         start = time.perf_counter()
         try:
-            for number, more in enumerate(([], ["--refine", f"--resume_path={folder / 'best_model.pth'}"])):
-                print(f"---- {folder.name}: stage {number + 1}, {steps[number]} steps", flush=True)
-                folders = [f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
-                length = [f"--max_steps={steps[number]}", "--epochs=99999", "--refine_epochs=99999"]
-                command = [sys.executable, "main.py", "--no-tensorboard", *options, *more, *length, *folders]
-                if subprocess.run(command).returncode:
-                    raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
+            run_main(folder, steps[0], options)
+            run_main(folder, steps[1], [*options, "--refine", f"--resume_path={folder / 'best_model.pth'}"])
             run["finished"] = True
         finally:  # what was interrupted counts
             run["measured_minutes"] += (time.perf_counter() - start) / 60

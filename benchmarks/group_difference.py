@@ -38,8 +38,7 @@ def voxels_inside(study: Study, model: TrainedModel, members: list[int]) -> Maps
         for source, target in model.prior.network.directions:
             key, kinds = [name_key(study.pairs[i].name)], found[f"{source}->{target}"]
             kinds["real"].append(volumes[target][0][inside[target]])
-            kinds_made = {"coarse": prior_only, "refined": model} if "coarse" in kinds else {"refined": model}
-            for kind, translator in kinds_made.items():
+            for kind, translator in (("coarse", prior_only), ("refined", model)):
                 translated = translator.translate(source, target, volumes[source], key)["synth"]
                 kinds[kind].append(translated[0][inside[target]])
     return {direction: {kind: np.stack(each) for kind, each in kinds.items()} for direction, kinds in found.items()}

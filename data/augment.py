@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.study import Study
-from models.diffusion import Purpose, keyed_generator
 
 MAX_ANGLE, MAX_SCALE, MAX_SHIFT = 5.0, 0.05, 3.0  # rotation about each axis (degrees), change of size, and shift (mm)
 MAX_LOG_GAMMA = 0.25  # natural logarithm of the exponent of the intensities
@@ -59,13 +58,6 @@ def _affine_matrix(draw: Tensor, extent: Tensor) -> Tensor:
     linear, shift = rotation * (1 + draw[4] * MAX_SCALE) * half / half[:, None], draw[5:8] * MAX_SHIFT / half
     # affine_grid measures in half fields of view and expects the last axis first
     return torch.cat([linear, shift[:, None]], dim=1)[[2, 1, 0]][:, [2, 1, 0, 3]]
-
-
-def augmentation(kinds: Collection[str], study: Study, seed: int, step: int,
-                 places: list[int]) -> PairTransform | None:
-    """The transform for these places in the batch of a step, keyed by (seed, step, place); None without kinds."""
-    return PairTransform(kinds, study.modalities, study.extent, [
-        keyed_generator(seed, Purpose.AUGMENT, step, place) for place in places]) if kinds else None
 
 
 def load_batch(study: Study, batch: list[int], transform: PairTransform | None,

@@ -1,5 +1,6 @@
 """A trained model of either stage in use: it translates volumes and draws new pairs. Volumes are in [-1, 1]."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from models.diffusion import Purpose
 from models.prior import Prior
 from models.samplers import Sampling
 from models.translator import Translator
-from models.unet import DualModalUNet, NetworkConfig
 from training.checkpoint import STAGE_1, STAGE_2, UNFIT, content_hash, read_checkpoint
 from training.launch import compute_dtype
 from utils.errors import UserError
@@ -83,14 +83,6 @@ class TrainedModel:
         return {modality: volumes[:, 0].cpu().numpy() for modality, volumes in drawn.items()}
 
 
-def open_refiner(state: dict, prior: Prior) -> Translator:
-    """The frozen EMA model of a stage-2 checkpoint's content. Raises RuntimeError where its weights do not fit."""
-    network = DualModalUNet(state["sizes"], NetworkConfig(**state["network"]), len(prior.groups))
-    refiner = Translator(network, prior.diffusion.timesteps)
-    refiner.load_state_dict(state["ema"]["model"])
-    return refiner.to(prior.device).eval().requires_grad_(False)
-
-
 def open_model(opt, device: torch.device) -> TrainedModel:
     """Open the checkpoint in opt.resume_path; new pairs are drawn by its prior alone. Raises UserError."""
     if not opt.resume_path:
@@ -101,7 +93,10 @@ def open_model(opt, device: torch.device) -> TrainedModel:
     options = {**(trained if joint else opt.resolved()), "coarse": trained["coarse"], "batch_size": opt.batch_size}
     try:
         prior = Prior.from_checkpoint(state.get("backbone", state), device, compute_dtype(opt.precision, device))
-        refiner = open_refiner(state, prior) if stage == STAGE_2 else None
+        refiner = None
+        if stage == STAGE_2:  # the same network, trained on
+            refiner = Translator(copy.deepcopy(prior.network), prior.diffusion.timesteps)
+            refiner.load_state_dict(state["ema"]["model"])
         readings = {modality: Reading(modality, tuple(size), trained["reduce"][modality], trained["resize"],
                                       trained["intensity"][modality]) for modality, size in state["sizes"].items()}
         ranges, affines = state["ranges"], {name: np.array(affine, float) for name, affine in state["affines"].items()}

@@ -140,7 +140,7 @@ def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, mon
         return subprocess.CompletedProcess(command, main.main(command[2:]))
 
     calls, arms = [], {name: equal_time.ARMS[name] for name in (equal_time.REFERENCE, "two stages")}
-    monkeypatch.setattr(equal_time, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(equal_time, "run_case", lambda options, stage: {"seconds_per_step": 1.0})
     own = SimpleNamespace(minutes=[4 / 60], seeds=2, out=tmp_path)
     options = [word for word in grouped[0] if word != "--max_steps"][:-1]

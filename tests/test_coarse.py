@@ -20,7 +20,8 @@ class FakePrior:
     """Records its calls; a sample is the position of its pair, and the expected volume twice the source."""
 
     diffusion, coupling, dtype = Diffusion(1000, "v"), "independent", torch.float32
-    network = SimpleNamespace(source={"fmri": "dmri", "dmri": "fmri"}.get)
+    network = SimpleNamespace(source={"fmri": "dmri", "dmri": "fmri"}.get, net=lambda target: SimpleNamespace(
+        mean=torch.full((2, 1, *SIZES[target]), 9.0)))
 
     def __init__(self):
         self.calls = []
@@ -45,7 +46,6 @@ def prepare(tmp_path):
 
     study = SimpleNamespace(
         pairs=[SimpleNamespace(name=name) for name in NAMES], sizes=SIZES, modalities=tuple(SIZES), fingerprint="",
-        mean_volumes=lambda: {modality: torch.full((1, 1, *size), 9.0) for modality, size in SIZES.items()},
         volumes=lambda members: {modality: torch.full((len(members), 1, *size), 0.25)
                                  for modality, size in SIZES.items()})
     return build

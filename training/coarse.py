@@ -26,7 +26,7 @@ class CoarseVolumes:
     """
 
     def __init__(self, opt, study: Study, prior: Prior, prior_hash: str):
-        self.opt, self.study, self.prior, self.means = opt, study, prior, study.mean_volumes()
+        self.opt, self.study, self.prior = opt, study, prior
         self.sampling = Sampling(opt.sampler, opt.sampling_steps, opt.eta)
         times = timestep_spacing(prior.diffusion.timesteps, opt.sampling_steps, opt.sampler)
         key = (prior_hash, prior.diffusion.prediction, prior.coupling, self.sampling, times, opt.seed, prior.dtype,
@@ -40,7 +40,11 @@ class CoarseVolumes:
             return self.prior.expected(target, self.study.volumes(members)[source]).cpu()
         if self.opt.coarse == "joint":
             return torch.from_numpy(np.stack([load_volume(self._path(target, i))[None] for i in members]))
-        return self.means[target].expand(len(members), -1, -1, -1, -1)
+        return self.mean(target).expand(len(members), -1, -1, -1, -1)
+
+    def mean(self, target: str) -> torch.Tensor:
+        """The target's mean training volume (1, 1, X, Y, Z)."""
+        return self.prior.network.net(target).mean[:1].cpu()
 
     def input(self, target: str, members: list[int]) -> torch.Tensor | None:
         """What stage 2 sees in the place of the noisy target: joint samples, or else nothing."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data.augment import PairTransform, augmentation
+from data.augment import PairTransform
 from data.grids import spacing_of
 from data.intensity import to_units
 from data.split import write_split
@@ -81,14 +81,15 @@ class Stage:
         return min(steps, self.opt.max_steps or steps)
 
     def transform(self, step: int, places: list[int]) -> PairTransform | None:
-        """The random transform of opt.augment for these places in the batch.
+        """The random transform of opt.augment for these places in the batch, keyed by (seed, step, place); or None.
 
         "affine" interpolates, which blurs source and target: not while the learning rate decays, so that a network ends
         on volumes as sharp as those it is used for.
         """
         decays = step >= (1 - DECAY_FRACTION) * self.total_steps()
         kinds = [kind for kind in self.opt.augment if not (kind == "affine" and decays)]
-        return augmentation(kinds, self.study, self.opt.seed, step, places)
+        generators = [keyed_generator(self.opt.seed, Purpose.AUGMENT, step, place) for place in places]
+        return PairTransform(kinds, self.study.modalities, self.study.extent, generators) if kinds else None
 
     def panel(self, modality: str, i: int, volume: np.ndarray, caption: str = "", **how: object) -> Panel:
         """A volume (X, Y, Z) on the grid of pair i, for a picture."""
