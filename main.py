@@ -42,6 +42,7 @@ def describe(settings, study: Study, device: torch.device) -> None:
     print(f"device      {device}, {torch.get_num_threads()} threads, {precision}{ranks}\n"
           f"data        {settings.data_root}: {len(study.pairs)} pairs; subjects: {', '.join(subjects)}\n"
           f"sizes       {', '.join(sizes)}\n"
+          f"alignment   {study.alignment}\n"
           f"changed     {', '.join(changed) or 'nothing: all settings have their defaults'}", flush=True)
 
 

@@ -39,12 +39,16 @@ class Options(Settings):
     # other modality its own name (T1w, FLAIR). Example: fmri=space-MNI152NLin2009cAsym_desc-preproc_bold
     bids_suffix: dict = setting({})
     exclude: tuple[str, ...] = ()  # subjects (sub-01) or single visits (sub-01_ses-2) to leave out
-    # voxels along X, Y, Z in RAS order: one int, three ints, or one entry per modality. Every volume must have this
-    # size unless resize is set. On the command line: 64, 64x64x32, or fmri=32x32x18 dmri=48x48x30
+    # voxels along X, Y, Z in RAS order: one int, three ints, or one entry per modality. On the command line: 64,
+    # 64x64x32, or fmri=32x32x18 dmri=48x48x30
     image_size: int | tuple | dict = setting({"fmri": (32, 32, 18), "dmri": (48, 48, 30)}, affects="data",
                                              per_modality=True)
-    # volumes of another size: "none" refuses them; "resample" interpolates onto image_size over the same field of view;
-    # "pad_crop" keeps the voxels and pads or crops around the centre. Outputs return to each file's own grid
+    # how the two volumes of a pair come to lie over each other: "grid", edge to edge; "world", through their affines,
+    # over a box that both see; "auto": "grid" if their fields of view coincide within a voxel in all pairs, or "world"
+    align: Literal["auto", "grid", "world"] = setting("auto", affects="data")
+    box_size: tuple[float, ...] = setting((), affects="data")  # mm along R, A, S of that box; (): from the study
+    # edge to edge, volumes of another size than image_size: "none" refuses them; "resample" interpolates over the same
+    # field of view; "pad_crop" keeps the voxels and pads or crops around the centre
     resize: Literal["none", "resample", "pad_crop"] = setting("none", affects="data")
     # 4-D to 3-D: mean, std or first over time; b0 or shell by b-value (needs the .bval beside it); or one per modality
     reduce: str | dict = setting("mean", affects="data", per_modality=True,
@@ -57,8 +61,9 @@ class Options(Settings):
     # last quarter), the same for both modalities, and "intensity" (a random grey-value curve), one per modality.
     # Example: ("flip", "affine", "intensity"); (): none
     augment: tuple[str, ...] = setting((), choices=("flip", "affine", "intensity"))
-    # "auto": MNI for the demo and files named space-MNI...; only MNI space has the networks of the pattern-aware loss
-    space: Literal["auto", "mni", "native"] = "auto"
+    # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
+    # pattern-aware loss. "template": another space that all subjects share. Both have one box for all pairs
+    space: Literal["auto", "mni", "template", "native"] = setting("auto", affects="data")
     cache_dir: str = setting("./data/cache", affects="nothing")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # folds of the subjects; 1: no test set, train on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1
@@ -213,6 +218,8 @@ class Options(Settings):
             ("bids_suffix", not set(suffixes) <= set(modalities)
              or not all(isinstance(end, str) and end and "/" not in end for end in suffixes.values()),
              f"name a modality of {modalities} and how its file names end, for example fmri=desc-preproc_bold"),
+            ("box_size", self.box_size and not (len(self.box_size) == 3 and all(0 < n < 10_000 for n in self.box_size)),
+             "give three lengths in mm, or nothing: ()"),
             ("fold", self.fold >= self.folds > 0, f"must be 0 .. {self.folds - 1}, with opt.folds = {self.folds}"),
             ("base_channels", self.base_channels % 8 != 0, "must be a multiple of 8, for group normalisation"),
             ("sampling_steps", self.sampling_steps > self.timesteps, f"must be 1 .. opt.timesteps = {self.timesteps}"),

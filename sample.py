@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import cached_volume, load_volume
+from data.cache import load_volume
 from data.intensity import brain_region, to_units
 from data.pairs import Pair, find_pairs
-from data.problems import VolumeError, raise_if_fatal
+from data.problems import DataError, raise_if_fatal
 from data.study import repaired_voxels
 from models.diffusion import name_key
 from opt import PRESETS, opt
@@ -42,9 +42,8 @@ def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
     notes += [f"{pair.name}: left out because it has no {modalities}" for pair in pairs if not pair.files]
     for pair in interruptible(tqdm([pair for pair in pairs if pair.files], desc="reading", unit="visit", disable=None)):
         try:
-            scans = {modality: cached_volume(file, model.readings[modality], Path(opt.cache_dir))
-                     for modality, file in pair.files.items()}
-        except VolumeError as error:
+            scans = model.read(pair.files, Path(opt.cache_dir))
+        except DataError as error:
             raise UserError(f"{error}.\nFiles are read as in the model's training, whatever opt.py says now: convert "
                             "this one, or exclude the subject (opt.exclude)") from error
         notes += [repaired_voxels(pair, modality, metadata["repaired"])

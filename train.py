@@ -31,6 +31,7 @@ from models.diffusion import (
 from models.losses import x0_error
 from models.prior import Prior
 from models.samplers import Sampling
+from models.translator import known
 from models.unet import DualModalUNet, NetworkConfig
 from opt import names_affecting
 from training.checkpoint import STAGE_1, Checkpoint
@@ -122,8 +123,8 @@ class Stage1(Stage):
                                 *((self.opt.seed, Purpose.VALIDATION, i, round(100 * fraction)) for i in batch))
             x0 = {modality: to_device(volume, self.device) for modality, volume in self.study.volumes(batch).items()}
             t = {modality: torch.full((len(batch),), time, device=self.device) for modality in x0}
-            xt = {modality: prior.diffusion.add_noise(volume, to_device(noise[modality], self.device), t[modality])
-                  for modality, volume in x0.items()}
+            xt = {modality: prior.diffusion.add_noise(known(volume), to_device(noise[modality], self.device),
+                                                      t[modality]) for modality, volume in x0.items()}
             for modality, output in prior.predict(xt, t).items():
                 errors = x0_error(prior.diffusion.to_x0(xt[modality], output, t[modality]), x0[modality])
                 yield from (("x0_error", error) for error in errors.tolist())

@@ -31,7 +31,8 @@ from utils.stop import interruptible
 
 save_every = 100  # steps between two sample grids in results/
 
-BACKBONE_KEYS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges", "affines", "groups")
+BACKBONE_KEYS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges", "affines", "groups",
+                 "alignment")
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 trains without them)"  # a fingerprint of the run
 
 
@@ -92,6 +93,7 @@ class Stage2(Stage):
         source, truth, mask, coarse = data
         with self.prior.autocast():
             refined = network(target, source, coarse)
+        truth = torch.where(truth.isnan(), refined.detach(), truth)  # where nothing is known, any answer is right
         loss = tissue_loss(refined, truth, mask, self.opt.pattern_weight)
         logged = {"tissue_loss": weight * loss}
         for name, (term_weight, term) in self.terms.items():

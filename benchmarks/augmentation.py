@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import run_report
 from data import demo
+from data.alignment import Alignment
 from data.cache import Reading, cached_volume, load_volume
 from data.pairs import Pair, find_pairs
 from data.problems import raise_if_fatal
@@ -35,12 +36,13 @@ PENALTIES = np.geomspace(1e1, 1e7, 25)
 Labelled = tuple[np.ndarray, np.ndarray]  # features (N, voxels of both modalities), groups (N,)
 
 
-def labelled(pairs: list[Pair], readings: dict[str, Reading], cache: Path) -> Labelled:
+def labelled(pairs: list[Pair], readings: dict[str, Reading], alignment: Alignment, cache: Path) -> Labelled:
     """Features and groups of these pairs. Raises UserError where a pair has no group."""
     if without := [pair.name for pair in pairs if not pair.group]:
         raise UserError(f"{', '.join(without)}: no group; fill the column group for all pairs")
-    features = [[gaussian_filter(load_volume(cached_volume(pair.files[modality], reading, cache)[0]), 1).ravel()
-                 for modality, reading in readings.items()] for pair in pairs]
+    features = [[gaussian_filter(np.nan_to_num(load_volume(cached_volume(pair.files[modality], reading, cache)[0]),
+                                               nan=-1), 1).ravel()
+                 for modality, reading in alignment.readings(readings, pair.files).items()] for pair in pairs]
     return np.stack([np.concatenate(each) for each in features]), np.array([pair.group for pair in pairs])
 
 
@@ -83,12 +85,16 @@ def report(table: Path, settings) -> None:
     readings = find_study(settings)[2]
     pairs, problems = find_pairs(table, study.modalities)
     raise_if_fatal(problems)
-    synthetic = labelled(pairs, readings, cache)
-    real, test = (labelled([study.pairs[i] for i in study.roles[role]], readings, cache) for role in ("train", "test"))
+
+    def read(pairs: list[Pair], cache: Path) -> Labelled:
+        return labelled(pairs, readings, study.alignment, cache)
+
+    synthetic = read(pairs, cache)
+    real, test = (read([study.pairs[i] for i in study.roles[role]], cache) for role in ("train", "test"))
     tests, names = [test], [f"{len(test[1])} test subjects"]
     if settings.data_root == demo.DEMO_ROOT:
         with tempfile.TemporaryDirectory() as folder:
-            tests.append(labelled(new_subjects(Path(folder)), readings, Path(folder) / "cache"))
+            tests.append(read(new_subjects(Path(folder)), Path(folder) / "cache"))
         names.append(f"{NEW_SUBJECTS} new subjects")
     random, chance = np.random.default_rng(0), 1 / len(set(real[1]))
     draws = [draw_alike(synthetic[1], real[1], random) for _ in range(DRAWS)]

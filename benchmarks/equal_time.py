@@ -25,7 +25,7 @@ from benchmarks.augmentation import new_subjects
 from benchmarks.chart import save_chart
 from benchmarks.step import run_case
 from data import demo
-from data.cache import cached_volume, load_volume
+from data.cache import load_volume
 from data.pairs import Pair
 from data.study import find_study, read_study
 from models.diffusion import name_key
@@ -81,8 +81,8 @@ def scores(checkpoint: Path, pairs: list[Pair], settings) -> list[dict]:
     settings.resume_path, rows = str(checkpoint), []
     model = open_model(settings, choose_device(settings.device))
     for pair, (source, target) in itertools.product(pairs, model.prior.network.directions):
-        volumes = {modality: load_volume(cached_volume(file, model.readings[modality], Path(settings.cache_dir))[0])
-                   for modality, file in pair.files.items()}
+        volumes = {modality: load_volume(file)
+                   for modality, (file, _) in model.read(pair.files, Path(settings.cache_dir)).items()}
         made = model.translate(source, target, volumes[source][None], [name_key(pair.name)])["synth"][0]
         values = score(made, volumes[target], {})["volume"]
         rows.append({"subject": pair.name, "direction": f"{source}->{target}",

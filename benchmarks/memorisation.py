@@ -38,7 +38,7 @@ def nearest_training_volumes(study: Study, modality: str, volumes: Iterator[np.n
         for i in interruptible(tqdm(study.roles["train"], desc=f"comparing {modality}", disable=None, leave=False)):
             reference = study.volumes([i])[modality][0, 0].numpy()
             for flip in (1, -1) if flips else (1,):
-                squares = np.square(queries - reference[::flip]).mean(axis=(1, 2, 3), dtype=np.float64)
+                squares = np.nanmean(np.square(queries - reference[::flip]), axis=(1, 2, 3), dtype=np.float64)
                 nearest = [min(best, (distance, study.pairs[i].name))
                            for best, distance in zip(nearest, np.sqrt(squares).tolist())]
         found += nearest

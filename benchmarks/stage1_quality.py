@@ -85,10 +85,11 @@ def joint_scores(prior: Prior, study: Study, settings, count: int) -> dict[str, 
         samples = torch.cat([batch[modality].cpu() for batch in batches])[:, 0].numpy()
         real = everyone[modality][:, 0].numpy()
         train, held_out = real[roles["train"]], real[roles["validation"] + roles["test"]]
-        nearest, nearest_real = (np.mean([np.sqrt(np.square(train - volume).mean(axis=(1, 2, 3))).min()
+        nearest, nearest_real = (np.mean([np.sqrt(np.nanmean(np.square(train - volume), axis=(1, 2, 3))).min()
                                           for volume in volumes]) for volumes in (samples, held_out))
-        scores[modality] = {"mean_shift": samples.mean() - real.mean(), "std_ratio": samples.std() / real.std(),
-                            "spread_ratio": samples.var(axis=0).mean() / real.var(axis=0).mean(),
+        scores[modality] = {"mean_shift": samples.mean() - np.nanmean(real),
+                            "std_ratio": samples.std() / np.nanstd(real),
+                            "spread_ratio": samples.var(axis=0).mean() / np.nanmean(np.nanvar(real, axis=0)),
                             "nearest": nearest, "nearest_real": nearest_real}
     return scores
 

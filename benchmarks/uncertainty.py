@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from benchmarks import run_report
 from benchmarks.chart import save_chart
-from data.cache import cached_volume, load_volume
+from data.cache import load_volume
 from data.grids import onto_grid
 from data.intensity import brain_region, scale
 from data.pairs import Pair, find_pairs
@@ -50,14 +50,14 @@ def reliability(deviation: np.ndarray, error: np.ndarray) -> dict:
 def read_voxels(model: TrainedModel, target: str, std: Path, pair: Pair,
                 cache: Path) -> tuple[np.ndarray, np.ndarray]:
     """Expected deviations (N,) and errors (N,) of the voxels in the brain, of [-1, 1], on the grid of training."""
-    file, metadata = cached_volume(pair.files[target], model.readings[target], cache)
+    file, metadata = model.read(pair.files, cache)[target]
     truth, affine, (low, high) = load_volume(file), np.array(metadata["affine"]), model.ranges[target]
     synthesised = std.with_name(std.name.replace("_desc-std_", "_desc-synth_"))
     scans = [read_volume(path, "first") for path in (std, synthesised)]
     deviation, made = (scan.voxels if scan.voxels.shape == truth.shape and np.allclose(scan.affine, affine, atol=1e-4)
-                       else onto_grid(scan.voxels, scan.affine, truth.shape, affine) for scan in scans)
+                       else onto_grid(scan.voxels, scan.affine, truth.shape, affine, np.nan) for scan in scans)
     deviation = deviation * 2 / (high - low)
-    brain = brain_region(truth)
+    brain = brain_region(truth) & ~np.isnan(made)
     return deviation[brain].astype(float), (scale(made, low, high) - truth)[brain].astype(float)
 
 

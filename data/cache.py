@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.grids import RESIZE
+from data.grids import RESIZE, onto_grid
 from data.intensity import normalise
 from data.problems import Problem, VolumeError
 from data.volumes import Scan, b_values_file, read_volume
@@ -30,6 +30,7 @@ class Reading:
     reduce: str = "mean"
     resize: str = "none"
     intensity: str = "percentile"
+    affine: tuple | None = None  # of the grid in world space (data/alignment.py); None: edge to edge, as resize says
 
 
 def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, dict]:
@@ -80,9 +81,15 @@ def load_volume(path: Path) -> np.ndarray:
 
 
 def to_grid(scan: Scan, path: Path, reading: Reading) -> tuple[np.ndarray, float, float, np.ndarray]:
-    """Resize and normalise; returns the volume, the intensities that became -1 and 1, and the affine."""
+    """Resample and normalise; returns the volume, the intensities that became -1 and 1, and the affine.
+
+    A voxel of a grid in world space that the scan does not see is NaN.
+    """
     volume, affine = scan.voxels, scan.affine
-    if reading.size and volume.shape != tuple(reading.size):
+    if reading.affine:
+        affine = np.array(reading.affine)
+        volume = onto_grid(volume, scan.affine, reading.size, affine, np.nan)
+    elif reading.size and volume.shape != tuple(reading.size):
         if reading.resize == "none":
             found, wanted = ("x".join(map(str, size)) for size in (volume.shape, reading.size))
             raise VolumeError(path, f"has size {found}, but opt.image_size is {wanted} for {reading.modality}",

@@ -6,63 +6,91 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from tqdm import tqdm
 
+from data.alignment import Alignment, align, misalignment
 from data.cache import Reading, content, identical_scans, to_grid
 from data.grids import spacing_of
+from data.overlay import PAIRS_SHOWN, overlay, save_overlays
 from data.pairs import Pair
-from data.problems import SMALLEST_AXIS, DataError, Problem
+from data.problems import SMALLEST_AXIS, DataError, Problem, VolumeError
 from data.split import groups_to_learn, split_subjects
-from data.study import find_study, misalignment, repaired_voxels
+from data.study import find_study, repaired_voxels
 from data.volumes import read_volume
 from utils.files import write_table
 from utils.stop import interruptible
 
+KINDS_SHOWN = 5
 COLUMNS = ("subject", "where", "what", "remedy", "fatal")
 
 
 def check_study(opt) -> bool:
-    """Print all problems and a summary, write check.csv, and return whether training can start. Raises Interrupted."""
+    """Print all problems and a summary, write check.csv and check.png; returns whether training can start.
+
+    Raises Interrupted.
+    """
     pairs, problems, readings = find_study(opt)
-    files = {modality: [] for modality in readings}
+    alignment, files, overlays = Alignment(), {modality: [] for modality in readings}, []
+    try:
+        alignment = align(opt, pairs)
+    except DataError as error:
+        problems += error.problems
     for pair in interruptible(tqdm(pairs, desc="reading", unit="pair", disable=None)):
-        examined, found = _examine(pair, readings)
+        examined, found = _examine(pair, readings, alignment)
         problems += found
         for modality, file in examined.items():
             files[modality].append(file)
+        scans = {modality: vars(file).pop("scan") for modality, file in examined.items()}
+        if len(scans) == len(readings) and not any(problem.fatal for problem in found):
+            found, warnings = overlay(pair, alignment, scans)
+            overlays = sorted([*overlays, found], key=lambda each: each.similarity)[:PAIRS_SHOWN]
+            problems += warnings
     problems += identical_scans((file.pair, file.path, file.content) for listed in files.values() for file in listed)
     if pairs:
         try:
             groups_to_learn(opt, pairs, split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed))
         except DataError as error:
             problems += error.problems
-    print(f"{len(pairs)} pairs")
-    sizes = {}
+    print(f"{len(pairs)} pairs, brought together {alignment}")
+    sizes, fits = {}, True
     for modality, listed in files.items():
         print(f"{modality}: {len(listed)} volumes read to the end")
         if listed:
-            sizes[modality], wrong_sizes = _describe(listed, readings[modality])
-            problems += wrong_sizes
+            sizes[modality], found = _describe(listed, readings[modality], alignment)
+            problems += found
+            fits = fits and all(file.size == sizes[modality] for file in listed)
     if len(sizes) == len(files):
-        fits = all(file.size == sizes[modality] for modality, listed in files.items() for file in listed)
         print("suggested: --image_size", *(f"{modality}={_x(size)}" for modality, size in sizes.items()),
-              *(() if fits or opt.resize != "none" else ("--resize", "resample")))
+              *(("--box_size", *map("{:g}".format, alignment.box)) if alignment.how == "world" else
+                () if fits or opt.resize != "none" else ("--resize", "resample")))
     write_table(Path(opt.result_dir) / "check.csv", COLUMNS, map(vars, problems))
     for problem in problems:
         print(f"{problem.subject or '-'}  {problem.where}: {problem.what}\n  -> {problem.remedy}")
+    if overlays:
+        path = Path(opt.result_dir) / "check.png"
+        save_overlays(path, overlays)
+        print(f"look at {path}: the outline of each scan over the other one")
     errors = sum(problem.fatal for problem in problems)
     print(f"{'not ready' if errors else 'ready to train'}: {errors} errors, {len(problems) - errors} warnings")
     return not errors
 
 
-def _examine(pair: Pair, readings: dict[str, Reading]) -> tuple[dict[str, SimpleNamespace], list[Problem]]:
+def _examine(pair: Pair, readings: dict[str, Reading],
+             alignment: Alignment) -> tuple[dict[str, SimpleNamespace], list[Problem]]:
     """Read both files of a pair as training would, but never from the cache; returns the readable ones and problems."""
     files, grids, problems = {}, [], []
+    try:
+        readings = alignment.readings(readings, pair.files)
+    except VolumeError:  # found again below
+        pass
+    except DataError as error:
+        problems += [dataclasses.replace(problem, subject=pair.name) for problem in error.problems]
     for modality, reading in readings.items():
         path = pair.files[modality]
         try:
             scan = read_volume(path, reading.reduce)
-            if reading.resize == "none":  # a wrong size must not hide other problems of the file
+            if reading.resize == "none" and not reading.affine:  # a wrong size must not hide other problems of the file
                 reading = dataclasses.replace(reading, size=None)
             volume, low, high, affine = to_grid(scan, path, reading)
         except DataError as error:
@@ -70,29 +98,37 @@ def _examine(pair: Pair, readings: dict[str, Reading]) -> tuple[dict[str, Simple
             continue
         grids.append((affine, volume.shape))
         files[modality] = SimpleNamespace(
-            pair=pair.name, path=path, size=scan.voxels.shape, spacing=_x(spacing_of(scan.affine).round(3)), low=low,
-            high=high, orientation=scan.orientation, time_points=scan.time_points, content=content(volume))
+            pair=pair.name, path=path, size=scan.voxels.shape, spacing=spacing_of(scan.affine), low=low, high=high,
+            orientation=scan.orientation, time_points=scan.time_points, content=content(volume), scan=scan)
         if scan.repaired:
             problems.append(repaired_voxels(pair, modality, scan.repaired))
         if scan.orientation == "?":
             problems.append(Problem(str(path), "its header gives no orientation", "NIfTI's default is used; check that "
                                     "left and right are correct", pair.name, fatal=False))
-    if len(grids) == 2 and (warning := misalignment(pair, *grids)):
+        if scan.conflict:
+            problems.append(Problem(str(path), f"its header gives two orientations: {scan.conflict}", "the sform is "
+                                    "used; check that left and right are correct", pair.name, fatal=False))
+    if len(grids) == 2 and alignment.how == "grid" and (warning := misalignment(pair, *grids)):
         problems.append(warning)
     return files, problems
 
 
-def _describe(files: list[SimpleNamespace], reading: Reading) -> tuple[tuple[int, ...], list[Problem]]:
+def _describe(files: list[SimpleNamespace], reading: Reading,
+              alignment: Alignment) -> tuple[tuple[int, ...], list[Problem]]:
     """Print a summary of the files of one modality; returns the image_size that suits them, and all wrong sizes."""
     for label, values in (("size (RAS)", [_x(file.size) for file in files]),
-                          ("spacing (mm)", [file.spacing for file in files]),
+                          ("spacing (mm)", [_x(file.spacing.round(3)) for file in files]),
                           ("orientation", [file.orientation for file in files]),
                           ("time points", [file.time_points for file in files])):
-        print(f"  {label}:", ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common()))
+        kinds = Counter(values).most_common()
+        print(f"  {label}:", ", ".join(f"{value} ({count})" for value, count in kinds[:KINDS_SHOWN]),
+              *([f"and {len(kinds) - KINDS_SHOWN} more"] if len(kinds) > KINDS_SHOWN else []))
     low, high = [file.low for file in files], [file.high for file in files]
     print(f"  intensities: -1 is {min(low):.4g} .. {max(low):.4g}, 1 is {min(high):.4g} .. {max(high):.4g}")
     usual, problems = Counter(file.size for file in files).most_common(1)[0][0], []
-    if reading.resize == "none":
+    if alignment.how == "world":  # voxels of the box as large as the files' are
+        usual = np.rint(alignment.box / np.median([file.spacing for file in files], axis=0)).astype(int).tolist()
+    elif reading.resize == "none":
         problems = [Problem(str(file.path), f"has size {_x(file.size)}, most have {_x(usual)}", 'set opt.resize = '
                             '"resample" or "pad_crop", or exclude the subject (opt.exclude)', file.pair)
                     for file in files if file.size != usual]

@@ -60,10 +60,14 @@ def affine_of(modality: str) -> np.ndarray:
     return from_matvec(np.diag(spacing), CENTRE - (np.array(size) - 1) / 2 * spacing)
 
 
-def render(subject: Anatomy, modality: str, noise: bool = True) -> np.ndarray:
-    """Signal of one scan, (X, Y, Z, time points), float64; each voxel is the mean of 2x2x2 points."""
-    affine = affine_of(modality)
-    voxels = np.moveaxis(np.indices(GRIDS[modality][0], dtype=np.float64), 0, -1)  # (X, Y, Z, 3)
+def render(subject: Anatomy, modality: str, noise: bool = True, affine: np.ndarray | None = None,
+           size: tuple[int, int, int] | None = None) -> np.ndarray:
+    """Signal of one scan, (X, Y, Z, time points), float64; each voxel is the mean of 2x2x2 points.
+
+    affine, size: of another grid than the demo's.
+    """
+    affine = affine_of(modality) if affine is None else affine
+    voxels = np.moveaxis(np.indices(size or GRIDS[modality][0], dtype=np.float64), 0, -1)  # (X, Y, Z, 3)
     distance, _ = cKDTree(roi_centres(PATTERN_NETWORKS)).query(_to_template(subject, apply_affine(affine, voxels)))
     in_pattern = np.exp(-(distance**2) / (2 * PATTERN_REACH**2))  # smooth: the centres of the voxels are enough
     signal = sum(_signal(subject, modality, apply_affine(affine, voxels + (np.array(corner) - 0.5) / 2), in_pattern) / 8

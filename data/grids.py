@@ -1,22 +1,31 @@
 """Interpolate volumes (X, Y, Z) onto other voxel grids. Affines map voxels to mm."""
 
+import itertools
+
 import numpy as np
-from nibabel.affines import apply_affine
 from scipy.ndimage import affine_transform
 
+COARSER = 1.001  # old voxels per new voxel, from which on a new voxel averages
 
-def resample(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate a volume linearly onto `size` voxels over the same field of view; returns it and its affine.
+
+def interpolate(volume: np.ndarray, to_old: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+    """Interpolate linearly onto `size` voxels; to_old: (4, 4), new voxel -> old voxel. Repeats the edges outside.
 
     Along axes that become coarser, each new voxel averages three samples, against aliasing.
     """
+    steps = [(-column / 3, 0 * column, column / 3) if np.linalg.norm(column) > COARSER else (0 * column,)
+             for column in to_old[:3, :3].T]
+    samples = [affine_transform(volume, to_old[:3, :3], to_old[:3, 3] + sum(offsets), output_shape=size, order=1,
+                                mode="nearest") for offsets in itertools.product(*steps)]
+    return np.mean(samples, axis=0, dtype=np.float32)
+
+
+def resample(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolate a volume onto `size` voxels over the same field of view; returns it and its affine."""
     zoom = np.array(volume.shape) / np.array(size)  # old voxels per new voxel
     to_old = np.diag([*zoom, 1.0])
     to_old[:3, 3] = (zoom - 1) / 2  # the outer voxel edges of both grids coincide
-    dx, dy, dz = [(-z / 3, 0.0, z / 3) if z > 1 else (0.0,) for z in zoom]
-    samples = [affine_transform(volume, to_old[:3, :3], to_old[:3, 3] + (x, y, z), output_shape=size, order=1,
-                                mode="nearest") for x in dx for y in dy for z in dz]
-    return np.mean(samples, axis=0, dtype=np.float32), affine @ to_old
+    return interpolate(volume, to_old, size), affine @ to_old
 
 
 def pad_crop(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -32,13 +41,22 @@ def pad_crop(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int])
 RESIZE = {"resample": resample, "pad_crop": pad_crop}
 
 
-def onto_grid(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int], to_affine: np.ndarray) -> np.ndarray:
-    """Interpolate a volume linearly onto another grid; outside its field of view the result is its minimum."""
+def onto_grid(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int], to_affine: np.ndarray,
+              outside: float) -> np.ndarray:
+    """Interpolate a volume onto another grid; voxels whose centre is not in its field of view become `outside`."""
     to_old = np.linalg.inv(affine) @ to_affine
-    moved = affine_transform(volume, to_old[:3, :3], to_old[:3, 3], output_shape=size, order=1, mode="nearest")
-    old = apply_affine(to_old, np.moveaxis(np.indices(size), 0, -1))  # (X, Y, Z, 3), old voxels
-    inside = ((old > -0.5 - 1e-3) & (old < np.array(volume.shape) - 0.5 + 1e-3)).all(axis=-1)  # the edges of the grid
-    return np.where(inside, moved.astype(np.float32), volume.min())
+    seen = inside(to_old, size, volume.shape)
+    return np.where(seen, interpolate(volume, to_old, size), np.float32(outside))
+
+
+def inside(to_old: np.ndarray, size: tuple[int, int, int], old_size: tuple[int, int, int]) -> np.ndarray:
+    """Bool (X, Y, Z) of `size`: is the centre of a new voxel in the old field of view, up to its outer voxel edges?"""
+    x, y, z = np.ogrid[tuple(slice(n) for n in size)]
+    within = np.ones(size, bool)
+    for (a, b, c, d), n in zip(to_old[:3], old_size):
+        old = a * x + b * y + c * z + d
+        within &= (old > -0.5 - 1e-3) & (old < n - 0.5 + 1e-3)
+    return within
 
 
 def spacing_of(affine: np.ndarray) -> np.ndarray:

@@ -13,23 +13,25 @@ PERCENTILES = (0.1, 99.9)  # robust: a few outliers do not set the contrast of t
 
 def brain_region(volume: np.ndarray) -> np.ndarray:
     """Bool (X, Y, Z): the largest connected component above Otsu's threshold, holes filled."""
-    components, _ = label(volume > threshold_otsu(volume))
+    components, _ = label(volume > threshold_otsu(volume[np.isfinite(volume)]))  # nothing is larger than NaN
     voxels = np.bincount(components.ravel())
     voxels[0] = 0  # the background
-    return binary_fill_holes(components == voxels.argmax())
+    return binary_fill_holes(components == voxels.argmax()) & ~np.isnan(volume)
 
 
 def normalise(volume: np.ndarray, path: Path, intensity: str = "percentile") -> tuple[np.ndarray, float, float]:
     """Map an intensity range linearly to [-1, 1] and clip; returns the volume and the ends of the range.
 
     intensity: the range is the 0.1 to 99.9 percentiles ("percentile") or minimum to maximum ("minmax") of all voxels,
-    or of those of the brain ("brain_..."). path: for the message. Raises VolumeError if the volume is constant.
+    or of those of the brain ("brain_..."). NaN, where a scan sees nothing, takes no part, and stays. path: for the
+    message. Raises VolumeError if the volume is constant.
     """
-    if volume.min() == volume.max():
-        raise VolumeError(path, f"every voxel is {volume.min():g}", "repair the file, or list it in opt.exclude")
-    voxels = volume[brain_region(volume)] if intensity.startswith("brain") else volume
+    known = volume[np.isfinite(volume)]
+    if known.min() == known.max():
+        raise VolumeError(path, f"every voxel is {known.min():g}", "repair the file, or list it in opt.exclude")
+    voxels = volume[brain_region(volume)] if intensity.startswith("brain") else known
     low, high = np.percentile(voxels, PERCENTILES) if "percentile" in intensity else (voxels.min(), voxels.max())
-    low, high = map(float, (low, high) if high > low else (volume.min(), volume.max()))  # if nearly all are equal
+    low, high = map(float, (low, high) if high > low else (known.min(), known.max()))  # if nearly all are equal
     return scale(volume, low, high), low, high
 
 

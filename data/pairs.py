@@ -35,6 +35,11 @@ class Pair:
         """The subject, equal for all spellings: sub-01, 01 and 1 are one person, and so are A07 and a7."""
         return _canonical(self.subject, "sub")
 
+    @property
+    def in_mni(self) -> bool:
+        """Whether its files are named so: an affine cannot tell."""
+        return all("_space-MNI" in file.name for file in self.files.values())
+
 
 def _canonical(label: str, prefix: str) -> str:
     """Lower case, without prefix and leading zeros: sub-01, sub01, 01 and 1 become 1."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nibabel.affines import apply_affine
 from tqdm import tqdm
 
+from data.alignment import Alignment, align, misalignment
 from data.atlas import LabelImage, pattern_mask, roi_centres
 from data.cache import Reading, cached_volume, identical_scans, load_volume
 from data.demo import COMPLETE, DEMO_ROOT, write_demo
@@ -30,14 +30,15 @@ class Study:
     problems: warnings. Raises VolumeError, DataError if a scan is there twice, and Interrupted between two pairs.
     """
 
-    def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], readings: dict[str, Reading], cache_dir: Path):
-        self.pairs, self.roles, self.modalities = pairs, roles, tuple(readings)
+    def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], readings: dict[str, Reading],
+                 alignment: Alignment, cache_dir: Path):
+        self.pairs, self.roles, self.modalities, self.alignment = pairs, roles, tuple(readings), alignment
         self.sizes = {modality: tuple(reading.size) for modality, reading in readings.items()}
         self.ranges, self.affines, self._files, self._masks = ({modality: [] for modality in readings}
                                                                for _ in range(4))
         self.has_pattern, self.problems, scans, data_hash = [False] * len(pairs), [], [], hashlib.sha256()
         for pair in interruptible(tqdm(pairs, desc="reading volumes", unit="pair", disable=None)):
-            for modality, reading in readings.items():
+            for modality, reading in alignment.readings(readings, pair.files).items():
                 file, metadata = cached_volume(pair.files[modality], reading, cache_dir)
                 self._files[modality].append(file)
                 self.ranges[modality].append((metadata["low"], metadata["high"]))
@@ -72,8 +73,7 @@ class Study:
 
         self._masks = {modality: [] for modality in self.modalities}
         for i, pair in enumerate(self.pairs):
-            in_mni = opt.space == "mni" or (  # an affine cannot tell
-                opt.space == "auto" and all("_space-MNI" in file.name for file in pair.files.values()))
+            in_mni = opt.space == "mni" or (opt.space == "auto" and pair.in_mni)
             source = "the ROIs" if len(centres) and in_mni else ""
             if opt.pattern_file:
                 source = opt.pattern_file.replace("{subject}", pair.subject).replace("{session}", pair.session)
@@ -87,19 +87,24 @@ class Study:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def misaligned_pairs(self) -> list[Problem]:
-        """A warning for each pair whose two fields of view are not the same."""
+        """A warning for each pair that is overlaid edge to edge although its two fields of view differ."""
+        if self.alignment.how != "grid":
+            return []
         grids = [zip(affines, self.sizes.values()) for affines in zip(*self.affines.values())]
         return [warning for pair, two in zip(self.pairs, grids) if (warning := misalignment(pair, *two))]
 
     @functools.cached_property
     def extent(self) -> torch.Tensor:
-        """(3,) mm: median size of the first modality's field of view, onto which the other one is overlaid."""
+        """(3,) mm: size of the common box, or the median of the first modality's fields of view."""
         modality = self.modalities[0]
         lengths = [spacing_of(affine) * self.sizes[modality] for affine in self.affines[modality]]
         return torch.from_numpy(np.median(lengths, axis=0))
 
     def volumes(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1]. Raises VolumeError if one has become unreadable."""
+        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1]; NaN where a scan sees nothing.
+
+        Raises VolumeError if one has become unreadable.
+        """
         return {modality: torch.from_numpy(np.stack([load_volume(files[i]) for i in positions])[:, None])
                 for modality, files in self._files.items()}
 
@@ -110,7 +115,11 @@ class Study:
     def mean_volumes(self, groups: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
         """{modality: (1 + groups, 1, X, Y, Z)} mean of all training volumes, then of those of each group."""
         def mean(files: list[Path]) -> torch.Tensor:
-            return torch.from_numpy(sum(load_volume(file).astype(np.float64) for file in files) / len(files)).float()
+            total = known = 0.0  # a voxel's mean is over those that see it; -1 where none does
+            for file in files:
+                volume = load_volume(file).astype(np.float64)
+                total, known = total + np.nan_to_num(volume), known + ~np.isnan(volume)
+            return torch.from_numpy(np.where(known > 0, total / np.maximum(known, 1), -1)).float()
 
         train = self.roles["train"]
         members = [train, *([i for i in train if self.pairs[i].group == group] for group in groups)]
@@ -125,19 +134,6 @@ class Study:
 def repaired_voxels(pair: Pair, modality: str, count: int) -> Problem:
     return Problem(str(pair.files[modality]), f"{count} voxels were NaN or infinite",
                    "they became the smallest finite value; look at the volume", pair.name, fatal=False)
-
-
-def misalignment(pair: Pair, *grids: tuple[np.ndarray, tuple]) -> Problem | None:
-    """A warning if corners of both fields of view are more than one (larger) voxel apart; grids: affine and size."""
-    corners = np.array(list(np.ndindex(2, 2, 2)))
-    first, second = (apply_affine(affine, corners * size - 0.5) for affine, size in grids)  # (8, 3), mm
-    distance = np.linalg.norm(first - second, axis=1).max()
-    if distance <= max(spacing_of(affine).max() for affine, _ in grids):
-        return None
-    apart = ((first.min(0) >= second.max(0)) | (second.min(0) >= first.max(0))).any()
-    what = "do not overlap in space" if apart else f"differ by up to {distance:.0f} mm"
-    return Problem(" and ".join(file.name for file in pair.files.values()), f"their fields of view {what}",
-                   "PDS overlays the two grids edge to edge: co-register and crop them alike", pair.name, fatal=False)
 
 
 def steps_per_epoch(positions: list[int], batch_size: int) -> int:
@@ -174,7 +170,7 @@ def read_study(opt) -> Study:
     pairs, problems, readings = find_study(opt)
     warnings = raise_if_fatal(problems)
     roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
-    study = Study(pairs, roles, readings, Path(opt.cache_dir))
+    study = Study(pairs, roles, readings, align(opt, pairs), Path(opt.cache_dir))
     for warning in warnings + study.problems:
         print(f"note: {warning}")
     study.set_pattern(opt)

@@ -4,9 +4,11 @@ Headers are not trusted: each is checked against the size of its file before any
 its end, because a truncated or damaged .nii.gz opens without an error and shows its shape.
 """
 
+import contextlib
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +26,12 @@ MAX_VOXELS = 2**27  # of one time point (512 x 512 x 512): a larger one does not
 MAX_OTHER_BYTES = 2**24  # before the voxels, header extensions included, or after them
 MAX_GZIP_RATIO = 1100  # deflate reaches 1032
 MAX_COORDINATE = 1e5  # mm
+TINY = 1e-9  # mm^3: the volume of a voxel
+LONG_QUATERNION = 1e-4  # by how much the length of a quaternion may be above 1
+FREE_TEXT = {"descrip", "aux_file", "intent_name", "db_name"}
+NOT_MM = {1: "metres", 3: "micrometres"}
+VOXEL_TYPES = {code for code in nib.nifti1.data_type_codes.value_set("code")
+               if nib.nifti1.data_type_codes.dtype[code].itemsize}  # that can be read here
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, OverflowError, zlib.error, nib.spatialimages.HeaderDataError,
               nib.orientations.OrientationError)
 REPLACE = "download or convert the file again"
@@ -37,6 +45,7 @@ class Scan:
     affine: np.ndarray  # (4, 4), voxel -> mm
     repaired: int = 0  # number of voxels that were NaN or infinite
     orientation: str = "RAS"  # axis codes of the file; "?" if its header has neither sform nor qform
+    conflict: str = ""  # axis codes of sform and qform, where they differ
     time_points: int = 1
 
 
@@ -47,32 +56,49 @@ def read_volume(path: Path, reduce: str = "mean") -> Scan:
     with b <= 50 s/mm^2 ("b0") or above ("shell") in the .bval file next to the image. Only one of them is in memory at
     a time. NaN and infinite voxels become the smallest finite value and are counted. Raises VolumeError.
     """
+    with _opened(path) as (stream, image, end):
+        orientation = nib.io_orientation(image.affine)
+        voxels = _read_voxels(path, image, reduce)
+        position, trailing = stream.seek(end), stream.read(MAX_OTHER_BYTES + 1)  # gzip checks its CRC at the end
+        _refuse(path, (position < end, f"is truncated: its header announces {end} bytes", REPLACE),
+                (len(trailing) > MAX_OTHER_BYTES, f"continues after the {end} bytes of its image", REPLACE))
+    invalid = ~np.isfinite(voxels)
+    _refuse(path, (invalid.all(), "has no finite voxel", "repair the file, or exclude the subject (opt.exclude)"))
+    if invalid.any():
+        voxels = np.where(invalid, voxels[~invalid].min(), voxels)
+    codes = {name: "".join(nib.aff2axcodes(form)) for name in ("sform", "qform") if image.header[f"{name}_code"]
+             for form in [getattr(image.header, f"get_{name}")()]}  # the first one holds
+    conflict = " and ".join(f"{name} {code}" for name, code in codes.items()) if len({*codes.values()}) > 1 else ""
+    voxels = np.ascontiguousarray(nib.apply_orientation(voxels, orientation))
+    return Scan(voxels, ras_grid(image)[0], int(invalid.sum()),
+                next(iter(codes.values()), "?"), conflict, math.prod(image.shape[3:]))
+
+
+def read_grid(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Affine (4, 4) and size of a file's volumes in RAS order, from its header alone. Raises VolumeError."""
+    with _opened(path) as (_, image, _):
+        return ras_grid(image)
+
+
+def ras_grid(image: nib.Nifti1Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Affine (4, 4) and size of an image's volumes in RAS order."""
+    orientation = nib.io_orientation(image.affine)
+    size = tuple(image.shape[axis] for axis in np.argsort(orientation[:, 0]))
+    return image.affine @ inv_ornt_aff(orientation, image.shape[:3]), size
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, nib.Nifti1Image, int]]:
+    """As `_open_image`; whatever goes wrong with a file is a VolumeError."""
     try:
         _refuse(path, (not path.is_file(), "no such file", "correct its path, or fetch its content (datalad get)"))
         with open(path, "rb") as file:
-            stream, image, end = _open_image(path, file)
-            affine, unit = np.asarray(image.affine, dtype=np.float64), image.header.get_xyzt_units()[0]
-            _refuse(path, (not np.abs(affine).max() < MAX_COORDINATE or abs(np.linalg.det(affine[:3, :3])) < 1e-9
-                           or unit in ("meter", "micron"), "its affine is not invertible or not in mm",
-                           "correct sform, qform and xyzt_units in its header"))
-            orientation = nib.io_orientation(affine)
-            ras_affine = affine @ inv_ornt_aff(orientation, image.shape[:3])
-            voxels = _read_voxels(path, image, reduce)
-            position, trailing = stream.seek(end), stream.read(MAX_OTHER_BYTES + 1)  # gzip checks its CRC at the end
-            _refuse(path, (position < end, f"is truncated: its header announces {end} bytes", REPLACE),
-                    (len(trailing) > MAX_OTHER_BYTES, f"continues after the {end} bytes of its image", REPLACE))
+            yield _open_image(path, file)
     except VolumeError:
         raise
     except UNREADABLE as error:
         remedy = "check its permissions" if isinstance(error, PermissionError) else REPLACE
         raise VolumeError(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from error
-    invalid = ~np.isfinite(voxels)
-    _refuse(path, (invalid.all(), "has no finite voxel", "repair the file, or exclude the subject (opt.exclude)"))
-    if invalid.any():
-        voxels = np.where(invalid, voxels[~invalid].min(), voxels)
-    has_orientation = image.header["sform_code"] or image.header["qform_code"]
-    return Scan(np.ascontiguousarray(nib.apply_orientation(voxels, orientation)), ras_affine, int(invalid.sum()),
-                "".join(nib.aff2axcodes(affine)) if has_orientation else "?", math.prod(image.shape[3:]))
 
 
 def _refuse(path: Path, *checks: tuple[bool, str, str]) -> None:
@@ -85,7 +111,7 @@ def _refuse(path: Path, *checks: tuple[bool, str, str]) -> None:
 def _open_image(path: Path, file: BinaryIO) -> tuple[BinaryIO, nib.Nifti1Image, int]:
     """Check name, first bytes and header; returns the uncompressed stream, its image, and the end of the voxels."""
     start, name = file.read(64), path.name.lower()
-    gzipped, size = start.startswith(b"\x1f\x8b"), file.seek(0, 2)
+    gzipped, file_size = start.startswith(b"\x1f\x8b"), file.seek(0, 2)
     _refuse(path, (not start, "is empty", REPLACE),
             (start.startswith(b"version https://git-lfs"), "is a Git LFS pointer", "fetch the image with git lfs pull"),
             (start.lstrip()[:1] == b"<", "is a web page or XML, not an image", REPLACE),
@@ -96,9 +122,14 @@ def _open_image(path: Path, file: BinaryIO) -> tuple[BinaryIO, nib.Nifti1Image, 
     start = stream.read(540)
     classes = [c for c in (nib.Nifti1Image, nib.Nifti2Image) if c.header_class.may_contain_header(start)]
     _refuse(path, (not (classes and name.endswith((".nii", ".nii.gz"))), "is not NIfTI", "convert it to .nii.gz"))
-    header_class = classes[0].header_class
+    image_class, = classes
+    header_class = image_class.header_class
     header = header_class(start[:header_class.template_dtype.itemsize], check=False)
-    voxel, offset = header.get_data_dtype(), float(header["vox_offset"])
+    code, offset, unit = int(header["datatype"]), float(header["vox_offset"]), int(header["xyzt_units"]) & 7
+    _refuse(path, (code not in VOXEL_TYPES, f"its header has datatype = {code}, which is no type of voxels", REPLACE),
+            (unit in NOT_MM, f"its header has xyzt_units = {int(header['xyzt_units'])}, {NOT_MM.get(unit)}, not mm",
+             "correct xyzt_units, pixdim, sform and qform in its header"))
+    voxel = header.get_data_dtype()
     shape = [int(n) for n in header["dim"][1:max(int(header["dim"][0]), 0) + 1]]
     while len(shape) > 3 and shape[-1] == 1:
         shape.pop()
@@ -109,12 +140,32 @@ def _open_image(path: Path, file: BinaryIO) -> tuple[BinaryIO, nib.Nifti1Image, 
             (math.prod(shape[:3]) > MAX_VOXELS, f"has size {found}, which is too large", "resample it first"),
             (not header.single_vox_offset <= offset <= MAX_OTHER_BYTES,
              f"its header places the voxels at byte {offset:.0f}, inside the header or too far behind it", REPLACE),
-            (not header["sform_code"] and (header["pixdim"][1:4] == 0).any(),  # nibabel would silently make it 1
-             "its voxel size is 0", "correct pixdim in its header"),
-            (size * (MAX_GZIP_RATIO if gzipped else 1) < end,
-             f"is truncated: its header announces {end:.0f} bytes, the file has {size}", REPLACE))
+            (file_size * (MAX_GZIP_RATIO if gzipped else 1) < end,
+             f"is truncated: its header announces {end:.0f} bytes, the file has {file_size}", REPLACE))
+    affine = _affine(path, header)
     # not memory-mapped: the process would be killed (SIGBUS) if the file shrank meanwhile
-    return stream, classes[0].from_file_map({"image": nib.FileHolder(fileobj=stream)}, mmap=False), int(end)
+    return stream, image_class(nib.arrayproxy.ArrayProxy(stream, header, mmap=False), affine, header), int(end)
+
+
+def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
+    """The affine (4, 4) of a header, which is mended where other programs read it all the same. Raises VolumeError."""
+    if header["qform_code"] and not _is_invertible(header.get_sform()):
+        header["sform_code"] = 0  # an empty sform: the qform holds
+    quaternion = np.array([header[f"quatern_{letter}"] for letter in "bcd"], dtype=np.float64)
+    if 1 < (length := np.linalg.norm(quaternion)) < 1 + LONG_QUATERNION:  # rounded
+        for letter, value in zip("bcd", quaternion / length):
+            header[f"quatern_{letter}"] = value
+    _refuse(path, (not header["sform_code"] and (header["pixdim"][1:4] == 0).any(),  # nibabel would silently make it 1
+                   f"its header has pixdim = {header['pixdim'][1:4].tolist()}", "correct pixdim in its header"))
+    header.check_fix()
+    affine = header.get_best_affine().astype(np.float64)
+    _refuse(path, (not (_is_invertible(affine) and np.abs(affine).max() < MAX_COORDINATE),
+                   "its affine is not invertible or not in mm", "correct sform and qform in its header"))
+    return affine
+
+
+def _is_invertible(affine: np.ndarray) -> bool:
+    return bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) >= TINY
 
 
 def _read_voxels(path: Path, image: nib.Nifti1Image, reduce: str) -> np.ndarray:
@@ -153,15 +204,16 @@ def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray, reference: 
 
     Shape, affine, spacing and codes equal the reference's; a resized volume is interpolated. Raises UserError.
     """
-    native = nib.load(reference)
+    with _opened(reference) as (_, native, _):
+        ras_affine, size = ras_grid(native)
     orientation = nib.io_orientation(native.affine)
-    ras_affine = native.affine @ inv_ornt_aff(orientation, native.shape[:3])
-    size = tuple(native.shape[axis] for axis in np.argsort(orientation[:, 0]))
     if volume.shape != size or not np.allclose(affine, ras_affine, atol=1e-4):
-        volume = onto_grid(volume, affine, size, ras_affine)
+        volume = onto_grid(volume, affine, size, ras_affine, volume.min())
     voxels = nib.apply_orientation(np.asarray(volume, np.float32), ornt_transform(axcodes2ornt("RAS"), orientation))
     header = native.header.copy()  # keeps sform, qform, spacing and units
     header.extensions.clear()
+    for text in FREE_TEXT & {*header.keys()}:  # may hold names or dates
+        header[text] = b""
     header.set_data_dtype(np.float32)
     save_image(path, type(native)(voxels, native.affine, header))
 

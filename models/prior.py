@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.diffusion import Diffusion, Volumes, keyed_noise
 from models.losses import pattern_aware_loss
 from models.samplers import Denoiser, Sampling, ddim, dpmpp, timestep_spacing
-from models.translator import Translator
+from models.translator import Translator, known
 from models.unet import DualModalUNet, NetworkConfig
 from utils.stop import Interrupted, stop
 
@@ -54,15 +54,17 @@ class Prior:
              pattern_weight: float, kind: str) -> Tensor:
         """The pattern-aware loss (B,) of predicting one modality from both noisy volumes. mask: (B, 1, X, Y, Z).
 
+        Where x0 is NaN, nothing is known: the network sees background, and any prediction is right.
         Expected volumes count EXPECTED_WEIGHT times: where noise is predicted, errors are several times as large.
         """
+        unknown, x0 = x0[target].isnan(), {modality: known(volume) for modality, volume in x0.items()}
         xt = {modality: self.diffusion.add_noise(x0[modality], noise[modality], t[modality]) for modality in x0}
         source, = x0.keys() - {target}
         expected = (t[source] == 0) & (t[target] == self.diffusion.timesteps) & self.has_expected_volume
         blank = expected.view(-1, 1, 1, 1, 1)
         xt[target], noise = xt[target].masked_fill(blank, 0), noise[target].masked_fill(blank, 0)
         predicted = self.predict(xt, t, {target}, group)[target]
-        wanted = self.diffusion.target(x0[target], noise, t[target])
+        wanted = torch.where(unknown, predicted.detach(), self.diffusion.target(x0[target], noise, t[target]))
         loss = pattern_aware_loss(predicted, wanted, mask, pattern_weight, kind)
         return torch.where(expected, EXPECTED_WEIGHT * loss, loss)
 
@@ -131,7 +133,7 @@ class Prior:
         groups: the group of each sample, by name. record: as for `denoiser`.
         """
         noise = {modality: volume.to(self.device) for modality, volume in keyed_noise(self.sizes, *keys).items()}
-        given = {modality: volume.to(self.device) for modality, volume in (given or {}).items()}
+        given = {modality: known(volume).to(self.device) for modality, volume in (given or {}).items()}
         denoise = self.denoiser(noise, given, self.group_indices(groups) if groups else None, record)
         times = timestep_spacing(self.diffusion.timesteps, sampling.steps, sampling.sampler)
         if sampling.sampler == "dpmpp":

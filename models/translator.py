@@ -20,12 +20,12 @@ class Translator(nn.Module):
         self.network, self.timesteps = network, timesteps
 
     def forward(self, target: str, volume: Tensor, coarse: Tensor | None = None) -> Tensor:
-        """Source volumes (B, 1, Xs, Ys, Zs) -> volumes of the target (B, 1, Xt, Yt, Zt).
+        """Source volumes (B, 1, Xs, Ys, Zs), NaN where unknown -> volumes of the target (B, 1, Xt, Yt, Zt).
 
         coarse: what the network sees in the place of the noisy target, if stage 2 is given a coarse volume.
         """
         source, size = self.network.source(target), self.network.sizes[target]
-        start = volume.new_zeros(len(volume), 1, *size) if coarse is None else coarse
+        volume, start = known(volume), volume.new_zeros(len(volume), 1, *size) if coarse is None else coarse
         clean = torch.zeros(len(volume), dtype=torch.long, device=volume.device)
         t = {source: clean, target: clean + self.timesteps}
         return -self.network({source: volume, target: start}, t, {target})[target]
@@ -38,3 +38,8 @@ class Translator(nn.Module):
             mirrored = self(target, volume.flip(2), None if coarse is None else coarse.flip(2))
             translated = (translated + mirrored.flip(2)) / 2
         return translated.clamp(-1, 1)
+
+
+def known(volume: Tensor) -> Tensor:
+    """What a network sees of a volume: background, -1, where it is NaN, because the scan does not reach there."""
+    return volume.nan_to_num(-1.0)

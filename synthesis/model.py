@@ -9,7 +9,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from data.cache import Reading
+from data.alignment import Alignment
+from data.cache import Reading, cached_volume
 from models.diffusion import Purpose
 from models.prior import Prior
 from models.samplers import Sampling
@@ -37,6 +38,12 @@ class TrainedModel:
     readings: dict[str, Reading]
     ranges: dict[str, tuple[float, float]]  # intensities, in file units, of -1 and 1
     affines: dict[str, np.ndarray]  # (4, 4), RAS, of the first training pair
+    alignment: Alignment
+
+    def read(self, files: dict[str, Path], cache_dir: Path) -> dict[str, tuple[Path, dict]]:
+        """The scans of a visit, as in training: modality -> cache file, metadata (data/cache.py). Raises DataError."""
+        return {modality: cached_volume(files[modality], reading, cache_dir)
+                for modality, reading in self.alignment.readings(self.readings, files).items()}
 
     def translate(self, source: str, target: str, volumes: np.ndarray, keys: list[int], flips: bool = False,
                   realism: float = 0.0, uncertainty_samples: int = 0) -> dict[str, np.ndarray]:
@@ -100,6 +107,7 @@ def open_model(opt, device: torch.device) -> TrainedModel:
         readings = {modality: Reading(modality, tuple(size), trained["reduce"][modality], trained["resize"],
                                       trained["intensity"][modality]) for modality, size in state["sizes"].items()}
         ranges, affines = state["ranges"], {name: np.array(affine, float) for name, affine in state["affines"].items()}
+        alignment = Alignment(**state.get("backbone", state)["alignment"])
     except UNFIT as error:
         raise UserError(f"{opt.resume_path}: does not fit this version of PDS ({error}); train again") from error
     needs = "realism" if opt.realism else "average_flips" if opt.average_flips and not refiner else ""
@@ -115,4 +123,5 @@ def open_model(opt, device: torch.device) -> TrainedModel:
     provenance = {"Stage": stage, "Weights": [content_hash(network) for network in (prior.network, refiner) if network],
                   "Training": {name: state["fingerprints"][name] for name in ("data", "split")},
                   "Precision": str(prior.dtype), **{name: options[name] for name in SAMPLING_OPTIONS}}
-    return TrainedModel(prior, refiner, options, sampling, provenance, tuple(readings), readings, ranges, affines)
+    return TrainedModel(prior, refiner, options, sampling, provenance, tuple(readings), readings, ranges, affines,
+                        alignment)

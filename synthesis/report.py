@@ -52,7 +52,8 @@ def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[flo
             if modality in scans:
                 cached, metadata = scans[modality]
                 panels[column] = Panel(load_volume(cached), spacing_of(np.array(metadata["affine"])))
-        if "truth" in panels and panels["truth"].volume.shape == volume.shape:
+        if target in scans and panels["truth"].volume.shape == volume.shape and np.allclose(
+                scans[target][1]["affine"], scan.affine, atol=1e-4):
             panels["difference"] = Panel(volume - panels["truth"].volume, spacing, kind="difference")
         if std.exists():
             panels["deviation"] = Panel(read_volume(std, "first").voxels * 2 / (high - low), spacing, kind="deviation")

@@ -60,7 +60,7 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
     for path, (damage, what) in zip(others, faults):
         path.write_bytes(damage(path.read_bytes()))
         expected[path.name[:6]] = what
-    assert main.main(words(table, tmp_path, *SIZES)) == 2
+    assert main.main(words(table, tmp_path, *SIZES, "--align", "grid")) == 2
     printed, found = capsys.readouterr().out, rows(tmp_path)
     said = {subject: " ".join(row["what"] for row in found if row["subject"] == subject) for subject in expected}
     assert {row["subject"] for row in found} == set(expected)  # no subject without a fault is listed
@@ -75,7 +75,7 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
 def test_a_study_that_is_ready_unless_an_option_is_wrong_and_a_stop(study_csv, tmp_path, capsys, monkeypatch):
     assert main.main(words(study_csv, tmp_path, *SIZES)) == 0
     printed = capsys.readouterr().out
-    for part in ("6 pairs", "12x13x11 (6)", "14x14x14 (6)", "RAS (6)", f"{SUGGESTION}\nready to train: 0 errors"):
+    for part in ("6 pairs", "12x13x11 (6)", "14x14x14 (6)", "RAS (6)", f"{SUGGESTION}\nlook at", "ready to train: 0"):
         assert part in printed
     assert rows(tmp_path) == [] and not list((tmp_path / "cache").glob("*"))
     wrong = ["--folds", "9", "--fold", "8", "--image_size", "12", "--exclude", "sub-99"]
@@ -107,7 +107,7 @@ def test_problems_that_only_show_on_the_grid_are_reported(tmp_path):
     inner = read_volume(tmp_path / "0b.nii").voxels
     save(tmp_path / "0a.nii", np.pad(np.ones((4, 4, 4), np.float32), (0, 26)), np.eye(4))
     save(tmp_path / "1b.nii", np.pad(inner, 2, constant_values=inner.min()), np.eye(4))
-    assert main.main([*asked, "--image_size", "12", "--resize", "pad_crop"]) == 2
+    assert main.main([*asked, "--image_size", "12", "--resize", "pad_crop", "--align", "grid"]) == 2
     found = {(row["subject"], row["what"].split()[0]) for row in rows(tmp_path) if row["fatal"] == "True"}
     assert found == {("sub-0", "every"), ("sub-1", "holds")}
 
@@ -127,8 +127,9 @@ def test_real_studies(tmp_path, capsys):
     assert "LPS (64)" in capsys.readouterr().out
     assert main.main(words(TRACTOR, tmp_path)) == 2
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("fmri=64x64x30 dmri=96x96x60", "opt.folds = 5", "LAS (1)", "15 (1)"))
+    assert all(part in printed for part in ("in world space, a box of 210x193x114 mm", "opt.folds = 5", "LAS (1)",
+                                            "fmri=64x59x29 dmri=84x77x46 --box_size 210", "15 (1)"))
     assert main.main(words(TRACTOR, tmp_path, "--folds", "1", "--reduce", "fmri=std", "dmri=first",
                            *suggestion(printed))) == 0
     printed = capsys.readouterr().out
-    assert "fields of view differ by up to 63 mm" in printed and "ready to train: 0 errors, 1 warnings" in printed
+    assert "the dmri fits the fmri better if it is moved by about" in printed and "0 errors, 1 warnings" in printed

@@ -19,8 +19,8 @@ from utils.errors import UserError
 
 def new_run(folder: Path, **changes) -> Checkpoint:
     model = nn.Linear(2, 2)
-    metadata = {"sizes": {}, "network": {}, "ranges": {}, "affines": {}, "options": {"a": (1, 2), "b": 3},
-                "fingerprints": {"data": "x"}, **changes}
+    metadata = {"sizes": {}, "network": {}, "ranges": {}, "affines": {}, "alignment": {},
+                "options": {"a": (1, 2), "b": 3}, "fingerprints": {"data": "x"}, **changes}
     return Checkpoint(STAGE_1, folder, {"model": model, "ema": EMA(model, 0.9)}, metadata, math.inf)
 
 

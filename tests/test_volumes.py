@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.affines import from_matvec
+from nibabel.orientations import inv_ornt_aff
 from nibabel.testing import data_path
 
 from data.cache import Reading
@@ -47,10 +48,10 @@ HEADERS = {  # fault: (offset, bytes) in the header, and what the message says
         ((2, 20, 20), "has size 20x20"), ((5, 4, 4, 4, 2, 3), "has size 4x4x4x2x3"))},
     "offset 0": ([(108, struct.pack("<f", 0))], "voxels at byte 0"),
     "offset": ([(108, struct.pack("<f", 3e9))], "voxels at byte 3000000000"),
-    "voxel size": ([(FORMS, struct.pack("<2h", 1, 0)), (80, bytes(12))], "voxel size is 0"),
-    "micron": ([(123, b"\x03")], "not in mm"),
+    "voxel size": ([(FORMS, struct.pack("<2h", 1, 0)), (80, bytes(12))], "its header has pixdim = "),
+    "micron": ([(123, b"\x03")], "xyzt_units = 3, micrometres"),
     **{f"data type {code}": ([(70, struct.pack("<h", code))], words) for code, words in (
-        (4321, "cannot be read"), (32, "its voxels are complex"), (128, "its voxels are colours"))},
+        (4321, "datatype = 4321"), (32, "its voxels are complex"), (128, "its voxels are colours"))},
     "zeros": ([(SROW, bytes(48))], "affine is not invertible"),
     "nan": ([(SROW, struct.pack("<12f", *[np.nan] * 12))], "affine is not invertible"),
     "voxels": ([(VOXELS, np.full(8000, np.nan, "<f4").tobytes())], "no finite voxel"),
@@ -210,3 +211,58 @@ def test_orientations_give_the_same_volume_and_outputs_have_the_frame_of_their_r
     kept = result > result.min()
     assert np.corrcoef(expected[kept], result[kept])[0, 1] > (0.6 if how == "resample" else 0.999)
     assert kept.sum() > 0.9 * np.prod(np.minimum(size, scan.voxels.shape)) * (1 if real else 0.9)
+
+
+def rounded_quaternion(header: nib.Nifti1Header, excess: float) -> None:
+    """A rotation of half a turn: w = 0, and the rest is longer than 1."""
+    header["quatern_b"], header["quatern_c"], header["quatern_d"] = np.array((0.6, 0.8, 0)) * (1 + excess)
+
+
+ODD = {  # legal enough for other programs: what is done to the header of a file with sform and qform
+    "quaternion 2e-7": lambda header: (rounded_quaternion(header, 2e-7), header.__setitem__("sform_code", 0)),
+    "quaternion 5e-6": lambda header: (rounded_quaternion(header, 5e-6), header.__setitem__("sform_code", 0)),
+    "empty sform": lambda header: [header.__setitem__(f"srow_{axis}", 0) for axis in "xyz"],
+    "sform of NaN": lambda header: [header.__setitem__(f"srow_{axis}", np.nan) for axis in "xyz"],
+    **{f"units {code}": lambda header, code=code: header.__setitem__("xyzt_units", code) for code in (0, 4, 5, 255)}}
+
+
+@pytest.mark.parametrize("oddity", ODD)
+def test_what_other_programs_read_is_read_and_written(tmp_path, oddity):
+    path, voxels, affine = tmp_path / "x.nii", ball(12, 13, 14), from_matvec(np.diag([-2.0, -3, 4]), [9, 8, -7])
+    image = nib.Nifti1Image(voxels, affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
+    header = image.header.copy()
+    header["vox_offset"] = 352
+    if "quaternion" in oddity:
+        affine = from_matvec(np.array([[-.28, .96, 0], [.96, .28, 0], [0, 0, -1]]) * [2, 3, 4], [9, 8, -7])
+    ODD[oddity](header)
+    path.write_bytes(header.binaryblock + bytes(4) + voxels.tobytes("F"))
+    scan = read_volume(path)
+    flip = inv_ornt_aff(nib.io_orientation(affine), voxels.shape)
+    np.testing.assert_allclose(scan.affine, affine @ flip, atol=1e-3)
+    write_volume(tmp_path / "out.nii", scan.voxels, scan.affine, path)
+    written = nib.load(tmp_path / "out.nii")
+    np.testing.assert_allclose(written.affine, affine, atol=1e-3)
+    np.testing.assert_allclose(written.get_fdata(), voxels, rtol=1e-6)
+
+
+@pytest.mark.parametrize("codes", ["LAS", "RPS", "RAI", "SAR"])
+def test_two_forms_that_mirror_each_other(tmp_path, codes):
+    image = turned(nib.Nifti1Image(ball(12, 12, 12), AFFINE), codes)
+    for form, conflict in ((image.affine, ""), (AFFINE, f"sform RAS and qform {codes}")):
+        image.set_qform(image.affine, 1)
+        image.set_sform(form, 2)
+        nib.save(image, tmp_path / "x.nii")
+        assert read_volume(tmp_path / "x.nii").conflict == conflict
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_free_text_of_a_header_never_reaches_an_output(tmp_path, kind):
+    image = kind(ball(12, 12, 12), AFFINE)
+    for field in ("descrip", "aux_file", "intent_name", *(["db_name"] if kind is nib.Nifti1Image else [])):
+        image.header[field] = b"Jane Doe 1956"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+    nib.save(image, tmp_path / "x.nii")
+    write_volume(tmp_path / "out.nii", ball(12, 12, 12), AFFINE, tmp_path / "x.nii")
+    assert b"Jane" in (tmp_path / "x.nii").read_bytes() and b"Jane" not in (tmp_path / "out.nii").read_bytes()

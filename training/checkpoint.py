@@ -16,11 +16,11 @@ from training.distributed import is_main_rank, same_on_all_ranks
 from utils.errors import UserError
 from utils.files import replace_file
 
-FORMAT = 3
+FORMAT = 4
 STAGE_1, STAGE_2 = "stage 1", "stage 2"
 FILES = {STAGE_1: ("last_model.pth", "best_model.pth"), STAGE_2: ("last_refine.pth", "best_refine.pth")}
 REQUIRED = {"step": int, "best": float, "run_id": str, "options": dict, "fingerprints": dict, "sizes": dict,
-            "network": dict, "ranges": dict, "affines": dict, "model": dict, "ema": dict}
+            "network": dict, "ranges": dict, "affines": dict, "alignment": dict, "model": dict, "ema": dict}
 OTHER_FOLDERS = "Set opt.checkpoint_dir (and opt.result_dir) to another folder, or undo these changes"
 DIRECTORY = 0x10  # a bit of a zip record's attributes
 TRANSIENT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}

@@ -1,6 +1,7 @@
 """The training loop of both stages. Stage1 (train.py) and Stage2 (train_refine.py) say what is learned and shown."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterable
@@ -67,7 +68,8 @@ class Stage:
             "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint,
                              "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
             "ranges": {modality: study.train_range(modality) for modality in study.modalities},
-            "affines": {modality: study.affines[modality][first].tolist() for modality in study.modalities}}
+            "affines": {modality: study.affines[modality][first].tolist() for modality in study.modalities},
+            "alignment": dataclasses.asdict(study.alignment)}
 
     def micro_batches(self, batch: list[int]) -> list[MicroBatch]:
         """This rank's share of a step, in which each pair counts once per direction."""

@@ -11,6 +11,7 @@ from utils.files import replace_file
 
 HEIGHT, GAP, LABEL, TEXT, BAR = 120, 4, 150, 14, 160  # pixels: tallest slice, gaps, row labels, letters, colour bars
 GREY, RED, OUTLINE = (200, 200, 200), np.array([255.0, 40, 40]), np.array([255.0, 200, 0])
+UNKNOWN = np.array([50.0, 70, 60])  # greenish grey: outside the field of view
 LARGEST = 0.5  # of [-1, 1]: the end of the colour scales of differences and deviations
 VIEWS = ((2, [0, 1], "LR"), (1, [0, 2], "LR"), (0, [1, 2], "PA"))  # axial, coronal, sagittal: normal, axes, sides
 # kind of panel: colours at equal distances, values of the first and the last, legend
@@ -25,7 +26,7 @@ SCALES = {"grey": (((0, 0, 0), (255, 255, 255)), -1, 1, ""),
 class Panel:
     """One volume of a grid. kind: "grey" (-1 black, 1 white), "difference" or "deviation" (colours up to LARGEST)."""
 
-    volume: np.ndarray  # (X, Y, Z)
+    volume: np.ndarray  # (X, Y, Z); NaN where nothing is known
     spacing: np.ndarray  # (3,) mm
     caption: str = ""
     kind: str = "grey"
@@ -42,7 +43,9 @@ class Panel:
 def _colour(values: np.ndarray, kind: str) -> np.ndarray:
     """Convert values (height, width) to colours (height, width, 3) in 0 .. 255."""
     colours, low, high, _ = SCALES[kind]
-    return np.stack([np.interp(values, np.linspace(low, high, len(colours)), channel) for channel in zip(*colours)], -1)
+    places = np.linspace(low, high, len(colours))
+    pixels = np.stack([np.interp(values, places, channel) for channel in zip(*colours)], axis=-1)
+    return np.where(np.isnan(values)[..., None], UNKNOWN, pixels)
 
 
 def _draw(canvas: Image.Image, panel: Panel, left: int, top: int) -> None:
@@ -76,6 +79,8 @@ def save_grid(path: Path, title: str, columns: list[str], rows: list[tuple[str, 
     width = max(panel.sizes()[:, 0].sum() for panel in shown) + 4 * GAP
     height, top = HEIGHT + TEXT + 2 * GAP, 3 * TEXT + 14
     bottom, title = top + len(rows) * height, f"{title}. Neurological view: the subject's left is on the left"
+    if any(np.isnan(panel.volume).any() for panel in shown):
+        title += ". Greenish: outside the scan"
     font = ImageFont.load_default(TEXT)
     canvas = Image.new("RGB", (LABEL + GAP + max(len(columns) * int(width), int(font.getlength(title))),
                                bottom + 2 * TEXT * len(kinds)))

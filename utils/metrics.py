@@ -3,29 +3,35 @@
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import minimum_filter
 from scipy.stats import bootstrap
 from skimage.metrics import structural_similarity
 
 from utils.files import write_table
 
 DATA_RANGE = 2.0
+SSIM_RADIUS = 5  # voxels, of the window
 COLUMNS = ("subject", "direction", "volume", "region", "psnr", "ssim", "mae")
 
 
 def score(candidate: np.ndarray, truth: np.ndarray, regions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Compute PSNR (dB), SSIM and MAE per region, and of the whole "volume". regions: name -> bool (X, Y, Z).
 
-    Both volumes are clipped to [-1, 1]. SSIM uses a Gaussian window (sigma 1.5, scikit-image); in a region it is the
-    mean of the SSIM map.
+    Both volumes are clipped to [-1, 1]; only voxels count in which the truth is known, that is, not NaN. SSIM uses a
+    Gaussian window (sigma 1.5, scikit-image); in a region it is the mean of the SSIM map, of the volume that of windows
+    which lie in what is known.
     """
     candidate, truth = (np.clip(volume, -1, 1).astype(np.float64) for volume in (candidate, truth))
-    mean_ssim, ssim_map = structural_similarity(candidate, truth, data_range=DATA_RANGE, gaussian_weights=True,
-                                                sigma=1.5, use_sample_covariance=False, full=True)
-    error = candidate - truth
-    scores = {name: {"psnr": psnr(error[region]), "ssim": float(ssim_map[region].mean()),
-                     "mae": float(np.abs(error[region]).mean())}
-              for name, region in {"volume": ..., **regions}.items() if np.any(region)}
-    scores["volume"]["ssim"] = float(mean_ssim)  # without a border of half a window
+    known = ~np.isnan(truth)
+    _, ssim_map = structural_similarity(candidate, np.where(known, truth, candidate), data_range=DATA_RANGE,
+                                        gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
+    whole = minimum_filter(known, 2 * SSIM_RADIUS + 1, mode="constant")  # windows inside what is known
+    error, scores = candidate - truth, {}
+    for name, region in {"volume": known, **regions}.items():
+        if (region := region & known).any():
+            places = whole if name == "volume" and whole.any() else region
+            scores[name] = {"psnr": psnr(error[region]), "ssim": float(ssim_map[places].mean()),
+                            "mae": float(np.abs(error[region]).mean())}
     return scores
 
 
@@ -35,8 +41,8 @@ def quality(scores: dict[str, float]) -> str:
 
 
 def psnr(error: np.ndarray) -> float:
-    """Peak signal-to-noise ratio (dB) of an error; infinite for zero error."""
-    mean_square = float(np.mean(np.square(error, dtype=np.float64)))
+    """Peak signal-to-noise ratio (dB) of an error, NaN where it is unknown; infinite for zero error."""
+    mean_square = float(np.nanmean(np.square(error, dtype=np.float64)))
     return float(10 * np.log10(DATA_RANGE**2 / mean_square)) if mean_square else float("inf")
 
 
