@@ -63,7 +63,7 @@ class Options(Settings):
     augment: tuple[str, ...] = setting((), choices=("flip", "affine", "intensity"))
     # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
     # pattern-aware loss. "template": another space that all subjects share. Both have one box for all pairs
-    space: Literal["auto", "mni", "template", "native"] = setting("auto", affects="data")
+    space: Literal["auto", "mni", "template", "native"] = "auto"
     cache_dir: str = setting("./data/cache", affects="nothing")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # folds of the subjects; 1: no test set, train on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1
