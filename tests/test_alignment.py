@@ -189,6 +189,7 @@ def test_unknown_voxels_take_no_part_in_scores_intensities_and_means():
         assert found[region]["psnr"] == pytest.approx(values["psnr"])
         assert found[region]["mae"] == pytest.approx(values["mae"])
     assert found["volume"]["ssim"] == pytest.approx(expected["volume"]["ssim"])
+    assert np.isfinite(list(score(hidden, truth, {})["volume"].values())).all()
     scaled, low, high = normalise(hidden, Path("x"))
     assert np.isnan(scaled[12:]).all() and (low, high) == normalise(truth[:12], Path("x"))[1:]
     assert not brain_region(hidden)[12:].any()

@@ -22,7 +22,7 @@ def score(candidate: np.ndarray, truth: np.ndarray, regions: dict[str, np.ndarra
     which lie in what is known.
     """
     candidate, truth = (np.clip(volume, -1, 1).astype(np.float64) for volume in (candidate, truth))
-    known = ~np.isnan(truth)
+    known, candidate = ~np.isnan(truth), np.nan_to_num(candidate, nan=-1)  # a copied source may see less than the truth
     _, ssim_map = structural_similarity(candidate, np.where(known, truth, candidate), data_range=DATA_RANGE,
                                         gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
     whole = minimum_filter(known, 2 * SSIM_RADIUS + 1, mode="constant")  # windows inside what is known
