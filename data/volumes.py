@@ -66,8 +66,11 @@ def read_volume(path: Path, reduce: str = "mean") -> Scan:
     _refuse(path, (invalid.all(), "has no finite voxel", "repair the file, or exclude the subject (opt.exclude)"))
     if invalid.any():
         voxels = np.where(invalid, voxels[~invalid].min(), voxels)
-    codes = {name: "".join(nib.aff2axcodes(form)) for name in ("sform", "qform") if image.header[f"{name}_code"]
-             for form in [getattr(image.header, f"get_{name}")()]}  # the first one holds
+    codes = {}  # the first one holds; the other one may be nonsense
+    for name in ("sform", "qform"):
+        with contextlib.suppress(ValueError):
+            if image.header[f"{name}_code"]:
+                codes[name] = "".join(code or "?" for code in nib.aff2axcodes(getattr(image.header, f"get_{name}")()))
     conflict = " and ".join(f"{name} {code}" for name, code in codes.items()) if len({*codes.values()}) > 1 else ""
     voxels = np.ascontiguousarray(nib.apply_orientation(voxels, orientation))
     return Scan(voxels, ras_grid(image)[0], int(invalid.sum()),
@@ -156,11 +159,13 @@ def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
         for letter, value in zip("bcd", quaternion / length):
             header[f"quatern_{letter}"] = value
     _refuse(path, (not header["sform_code"] and (header["pixdim"][1:4] == 0).any(),  # nibabel would silently make it 1
-                   f"its header has pixdim = {header['pixdim'][1:4].tolist()}", "correct pixdim in its header"))
+                   f"its header has pixdim = {header['pixdim'][1:4].tolist()}", "correct pixdim in its header"),
+            (not header["sform_code"] and header["qform_code"] and length >= 1 + LONG_QUATERNION,
+             f"its header has quatern_b, c, d = {quaternion.tolist()}, which is no rotation", "correct its qform"))
     header.check_fix()
     affine = header.get_best_affine().astype(np.float64)
     _refuse(path, (not (_is_invertible(affine) and np.abs(affine).max() < MAX_COORDINATE),
-                   "its affine is not invertible or not in mm", "correct sform and qform in its header"))
+                   f"its affine is not invertible or not in mm: {affine[:3].tolist()}", "correct its sform and qform"))
     return affine
 
 

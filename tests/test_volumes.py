@@ -55,6 +55,7 @@ HEADERS = {  # fault: (offset, bytes) in the header, and what the message says
     "zeros": ([(SROW, bytes(48))], "affine is not invertible"),
     "nan": ([(SROW, struct.pack("<12f", *[np.nan] * 12))], "affine is not invertible"),
     "voxels": ([(VOXELS, np.full(8000, np.nan, "<f4").tobytes())], "no finite voxel"),
+    "rotation": ([(FORMS, struct.pack("<2h", 1, 0)), (256, struct.pack("<3f", 0.9, 0.9, 0))], "is no rotation"),
     "far": ([(SROW + 12, struct.pack("<f", 1e9))], "not in mm")}
 DAMAGED = {  # fault: content of a .nii.gz file -> damaged content, and what the message says
     "cut": (lambda good: good[:-40], "end-of-stream"),
@@ -221,6 +222,7 @@ def rounded_quaternion(header: nib.Nifti1Header, excess: float) -> None:
 ODD = {  # legal enough for other programs: what is done to the header of a file with sform and qform
     "quaternion 2e-7": lambda header: (rounded_quaternion(header, 2e-7), header.__setitem__("sform_code", 0)),
     "quaternion 5e-6": lambda header: (rounded_quaternion(header, 5e-6), header.__setitem__("sform_code", 0)),
+    "nonsense in the other form": lambda header: rounded_quaternion(header, 3.0),
     "empty sform": lambda header: [header.__setitem__(f"srow_{axis}", 0) for axis in "xyz"],
     "sform of NaN": lambda header: [header.__setitem__(f"srow_{axis}", np.nan) for axis in "xyz"],
     **{f"units {code}": lambda header, code=code: header.__setitem__("xyzt_units", code) for code in (0, 4, 5, 255)}}
