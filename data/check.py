@@ -52,10 +52,10 @@ def check_study(opt) -> bool:
             groups_to_learn(opt, pairs, split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed))
         except DataError as error:
             problems += error.problems
-    print(f"{len(pairs)} pairs, brought together {alignment}")
+    print(f"{counted(pairs, 'pair')}, brought together {alignment}")
     sizes, fits = {}, True
     for modality, listed in files.items():
-        print(f"{modality}: {len(listed)} volumes read to the end")
+        print(f"{modality}: {counted(listed, 'volume')} read to the end")
         if listed:
             sizes[modality], found = _describe(listed, readings[modality], alignment)
             problems += found
@@ -71,8 +71,8 @@ def check_study(opt) -> bool:
         path = Path(opt.result_dir) / "check.png"
         save_overlays(path, overlays)
         print(f"look at {path}: the outline of each scan over the other one")
-    errors = sum(problem.fatal for problem in problems)
-    print(f"{'not ready' if errors else 'ready to train'}: {errors} errors, {len(problems) - errors} warnings")
+    errors, warnings = ([problem for problem in problems if problem.fatal == fatal] for fatal in (True, False))
+    print(f"{'not ready' if errors else 'ready to train'}: {counted(errors, 'error')}, {counted(warnings, 'warning')}")
     return not errors
 
 
@@ -136,6 +136,10 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
             problems.append(Problem(f"opt.image_size ({reading.modality})", f"is {_x(reading.size)}, but most volumes "
                                     f"have {_x(usual)}", "set it as suggested, or choose another opt.resize", "all"))
     return tuple(max(n, SMALLEST_AXIS) for n in usual), problems
+
+
+def counted(things: list, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _x(numbers: Iterable[float]) -> str:

@@ -127,9 +127,10 @@ def test_real_studies(tmp_path, capsys):
     assert "LPS (64)" in capsys.readouterr().out
     assert main.main(words(TRACTOR, tmp_path)) == 2
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("in world space, a box of 210x193x114 mm", "opt.folds = 5", "LAS (1)",
-                                            "fmri=64x59x29 dmri=84x77x46 --box_size 210", "15 (1)"))
+    assert all(part in printed for part in ("1 pair, brought together in world space, a box of 210x202x104 mm",
+                                            "opt.folds = 5", "LAS (1)", "15 (1)",
+                                            "fmri=64x62x26 dmri=84x81x42 --box_size 210"))
     assert main.main(words(TRACTOR, tmp_path, "--folds", "1", "--reduce", "fmri=std", "dmri=first",
                            *suggestion(printed))) == 0
     printed = capsys.readouterr().out
-    assert "the dmri fits the fmri better if it is moved by about" in printed and "0 errors, 1 warnings" in printed
+    assert "the dmri fits the fmri better if it is moved by about" in printed and "0 errors, 1 warning\n" in printed
