@@ -218,8 +218,8 @@ class Options(Settings):
             ("bids_suffix", not set(suffixes) <= set(modalities)
              or not all(isinstance(end, str) and end and "/" not in end for end in suffixes.values()),
              f"name a modality of {modalities} and how its file names end, for example fmri=desc-preproc_bold"),
-            ("box_size", self.box_size and not (len(self.box_size) == 3 and all(0 < n < 10_000 for n in self.box_size)),
-             "give three lengths in mm, or nothing: ()"),
+            ("box_size", self.box_size and (len(self.box_size) != 3 or min(self.box_size) < 10),
+             "give three lengths in mm, 10 at least, or nothing: ()"),
             ("fold", self.fold >= self.folds > 0, f"must be 0 .. {self.folds - 1}, with opt.folds = {self.folds}"),
             ("base_channels", self.base_channels % 8 != 0, "must be a multiple of 8, for group normalisation"),
             ("sampling_steps", self.sampling_steps > self.timesteps, f"must be 1 .. opt.timesteps = {self.timesteps}"),

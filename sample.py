@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.alignment import misalignment
 from data.cache import load_volume
 from data.intensity import brain_region, to_units
 from data.pairs import Pair, find_pairs
@@ -44,8 +45,10 @@ def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
         try:
             scans = model.read(pair.files, Path(opt.cache_dir))
         except DataError as error:
-            raise UserError(f"{error}.\nFiles are read as in the model's training, whatever opt.py says now: convert "
-                            "this one, or exclude the subject (opt.exclude)") from error
+            raise UserError(f"{error}.\nFiles are read as in the model's training, whatever opt.py says now") from error
+        grids = [(np.array(metadata["affine"]), model.readings[name].size) for name, (_, metadata) in scans.items()]
+        if model.alignment.how == "grid" and len(grids) > 1 and (note := misalignment(pair, *grids)):
+            notes.append(note)
         notes += [repaired_voxels(pair, modality, metadata["repaired"])
                   for modality, (_, metadata) in scans.items() if metadata["repaired"]]
         visits.append((pair, scans))
@@ -77,7 +80,8 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
         targets = [modality for modality in model.modalities if modality != source]
         samples, missing = opt.uncertainty_samples if source else 0, []
         for (i, (pair, scans)), target, kind in itertools.product(enumerate(batch), targets, ("synth", "std")):
-            made_with = {**provenance, "Scans": {name: metadata["content"] for name, (_, metadata) in scans.items()}}
+            made_with = {**provenance, "Scans": {name: [metadata["content"], np.round(metadata["affine"], 3).tolist()]
+                                                 for name, (_, metadata) in scans.items()}}
             if kind == "std" and samples:
                 made_with["uncertainty_samples"] = samples
             path = derivatives.volume_path(folder, pair, target, kind)

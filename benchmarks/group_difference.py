@@ -28,9 +28,10 @@ Maps = dict[str, dict[str, np.ndarray]]  # direction -> kind of volume -> (N, vo
 
 
 def voxels_inside(study: Study, model: TrainedModel, members: list[int]) -> Maps:
-    """The voxels of real, coarse and refined volumes where any of these pairs has its pattern mask."""
+    """The voxels of real, coarse and refined volumes that all scans see, where any pair has its pattern mask."""
     prior_only, masks = dataclasses.replace(model, refiner=None), study.masks(members)
-    inside = {modality: (mask > 0).any(dim=0)[0].numpy() for modality, mask in masks.items()}
+    known = {modality: ~volumes.isnan().any(dim=0)[0].numpy() for modality, volumes in study.volumes(members).items()}
+    inside = {modality: (mask > 0).any(dim=0)[0].numpy() & known[modality] for modality, mask in masks.items()}
     found = {f"{source}->{target}": {"real": [], "coarse": [], "refined": []}
              for source, target in model.prior.network.directions}
     for i in members:

@@ -36,8 +36,8 @@ def spectrum(volume: np.ndarray) -> np.ndarray:
 
 
 def texture(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Fine power of `made` over that of `real`, and their log-spectral distance in dB."""
-    ours, theirs = spectrum(made), spectrum(real)
+    """Fine power of `made` over that of `real`, and their log-spectral distance in dB, where `real` is known."""
+    ours, theirs = (spectrum(np.where(np.isnan(real), -1, volume)) for volume in (made, real))
     fine, filled = np.arange(BINS) >= 2 * FINE * BINS, theirs > 0
     decibels = 10 * np.log10(ours[filled] / theirs[filled])
     return float(ours[fine].sum() / theirs[fine].sum()), float(np.sqrt(np.mean(decibels**2)))

@@ -17,11 +17,10 @@ from scipy.stats import spearmanr
 from benchmarks import run_report
 from benchmarks.chart import save_chart
 from data.cache import load_volume
-from data.grids import onto_grid
 from data.intensity import brain_region, scale
 from data.pairs import Pair, find_pairs
 from data.problems import raise_if_fatal
-from data.volumes import read_volume
+from data.volumes import on_grid, read_volume
 from synthesis.derivatives import parameters, read_sidecars
 from synthesis.model import TrainedModel, open_model
 from training.launch import choose_device
@@ -53,9 +52,7 @@ def read_voxels(model: TrainedModel, target: str, std: Path, pair: Pair,
     file, metadata = model.read(pair.files, cache)[target]
     truth, affine, (low, high) = load_volume(file), np.array(metadata["affine"]), model.ranges[target]
     synthesised = std.with_name(std.name.replace("_desc-std_", "_desc-synth_"))
-    scans = [read_volume(path, "first") for path in (std, synthesised)]
-    deviation, made = (scan.voxels if scan.voxels.shape == truth.shape and np.allclose(scan.affine, affine, atol=1e-4)
-                       else onto_grid(scan.voxels, scan.affine, truth.shape, affine, np.nan) for scan in scans)
+    deviation, made = (on_grid(read_volume(path, "first"), truth.shape, affine) for path in (std, synthesised))
     deviation = deviation * 2 / (high - low)
     brain = brain_region(truth) & ~np.isnan(made)
     return deviation[brain].astype(float), (scale(made, low, high) - truth)[brain].astype(float)

@@ -64,7 +64,7 @@ class Alignment:
             raise DataError(Problem(
                 " and ".join(map(str, files.values())), f"{'both see' if len(files) > 1 else 'sees'} only {seen:.0%} "
                 f"of the common box of {self.size}, less than {LEAST_OVERLAP:.0%}", "register the scans, correct their "
-                "affines, or exclude the subject (opt.exclude)"))
+                "affines, exclude the subject (opt.exclude), or choose another opt.box_size"))
         affines = {modality: self.affine(grids, reading.size or POINTS) for modality, reading in readings.items()}
         return {modality: dataclasses.replace(reading, size=reading.size or POINTS,
                                               affine=tuple(map(tuple, affines[modality].tolist())))
@@ -95,17 +95,16 @@ def align(opt, pairs: list[Pair]) -> Alignment:
             continue
     if not found or (opt.align == "auto" and not any(misalignment(pair, *grids.values()) for pair, grids in found)):
         return Alignment()
-    views = np.array([common_view(grids) for _, grids in found])  # (pairs, ends, axes)
-    views = views[(views[:, 0] < views[:, 1]).all(axis=1)]
-    if not len(views):
+    overlapping = [(grids, ends) for _, grids in found for ends in [common_view(grids)] if (ends[0] < ends[1]).all()]
+    if not overlapping:
         raise DataError(Problem(opt.data_root, "the two scans of no pair overlap in space", "register them and correct "
                                 "their affines, or set opt.align = \"grid\" to overlay them edge to edge", "all"))
-    centres = views.mean(axis=1)
-    offsets = {modality: np.median([common_view(grids).mean(axis=0) - view(grids[modality]).mean(axis=0)
-                                    for _, grids in found], axis=0) for modality in opt.modalities}
+    size = np.median([ends[1] - ends[0] for _, ends in overlapping], axis=0)
+    centre = np.median([ends.mean(axis=0) for _, ends in overlapping], axis=0)
+    offsets = {modality: np.median([ends.mean(axis=0) - view(grids[modality]).mean(axis=0)
+                                    for grids, ends in overlapping], axis=0) for modality in opt.modalities}
     one_place = opt.space in ("mni", "template") or (opt.space == "auto" and all(pair.in_mni for pair, _ in found))
-    return Alignment("world", rounded(opt.box_size or np.median(np.diff(views, axis=1)[:, 0], axis=0)),
-                     rounded(np.median(centres, axis=0)) if one_place else (),
+    return Alignment("world", rounded(opt.box_size or size), rounded(centre) if one_place else (),
                      {modality: rounded(offset) for modality, offset in offsets.items()})
 
 
@@ -118,7 +117,8 @@ def misalignment(pair: Pair, *grids: tuple[np.ndarray, tuple[int, int, int]]) ->
     apart = ((first.min(0) >= second.max(0)) | (second.min(0) >= first.max(0))).any()
     what = "do not overlap in space" if apart else f"differ by up to {distance:.0f} mm"
     return Problem(" and ".join(file.name for file in pair.files.values()), f"their fields of view {what}",
-                   'PDS overlays the two grids edge to edge, because of opt.align = "grid"', pair.name, fatal=False)
+                   'they are overlaid edge to edge all the same; opt.align = "world" goes by their affines', pair.name,
+                   fatal=False)
 
 
 def view(grid: tuple[np.ndarray, tuple[int, int, int]]) -> np.ndarray:

@@ -18,7 +18,7 @@ from data.problems import Problem, VolumeError
 from data.volumes import Scan, b_values_file, read_volume
 from utils.files import replace_file, write_text
 
-CACHE_FORMAT = 2  # raise it whenever the same file and settings give another volume
+CACHE_FORMAT = 3  # raise it whenever the same file and settings give another volume
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Reading:
 def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, dict]:
     """Return the cache file of a volume, for `load_volume`, and its metadata; decode the volume if it is not cached.
 
-    metadata: low, high (intensities in file units that became -1 and 1), affine, repaired (number of voxels), content.
+    metadata: low, high (intensities in file units that became -1 and 1), affine, repaired (number of voxels), content,
+    scan (content before resampling).
     The key holds all settings, and path, size and times of the file (and its .bval). Raises VolumeError, UserError.
     """
     b_values = _file_state(b_values_file(path)) if reading.reduce in ("b0", "shell") else ()
@@ -49,7 +50,7 @@ def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, 
     scan = read_volume(path, reading.reduce)
     volume, low, high, affine = to_grid(scan, path, reading)
     metadata = {"low": low, "high": high, "affine": affine.tolist(), "repaired": scan.repaired,
-                "content": content(volume)}
+                "content": content(volume), "scan": content(scan.voxels)}
     save_volume(voxels_file, volume)
     write_text(metadata_file, json.dumps(metadata))
     return voxels_file, metadata
@@ -103,12 +104,13 @@ def content(volume: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
 
 
-def identical_scans(scans: Iterable[tuple[str, Path, str]]) -> list[Problem]:
-    """A problem for each scan that is a copy of an earlier one; scans: (pair name, file, content)."""
+def identical_scans(scans: Iterable[tuple[str, Path, str, str]]) -> list[Problem]:
+    """A problem for each scan that is a copy of an earlier one, in its file or as read: (pair name, file, contents)."""
     earlier, problems = {}, []
-    for name, path, hashed in scans:
-        owner, first = earlier.setdefault(hashed, (name, path))
-        if path != first:
+    for name, path, *contents in scans:
+        others = [earlier.setdefault(hashed, (name, path)) for hashed in contents]
+        if other := next((other for other in others if other[1] != path), None):
+            owner, first = other
             problems.append(Problem(str(path), f"holds the same scan as {first} of {owner}",
                                     "keep only one: no subject may be in both the training and the test set", name))
     return problems

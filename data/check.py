@@ -31,10 +31,10 @@ def check_study(opt) -> bool:
     Raises Interrupted.
     """
     pairs, problems, readings = find_study(opt)
-    alignment, files, overlays = Alignment(), {modality: [] for modality in readings}, []
+    alignment, files, overlays = None, {modality: [] for modality in readings}, []
     try:
         alignment = align(opt, pairs)
-    except DataError as error:
+    except DataError as error:  # then only what each file has of its own is looked at
         problems += error.problems
     for pair in interruptible(tqdm(pairs, desc="reading", unit="pair", disable=None)):
         examined, found = _examine(pair, readings, alignment)
@@ -42,21 +42,22 @@ def check_study(opt) -> bool:
         for modality, file in examined.items():
             files[modality].append(file)
         scans = {modality: vars(file).pop("scan") for modality, file in examined.items()}
-        if len(scans) == len(readings) and not any(problem.fatal for problem in found):
+        if alignment and len(scans) == len(readings) and not any(problem.fatal for problem in found):
             found, warnings = overlay(pair, alignment, scans)
             overlays = sorted([*overlays, found], key=lambda each: each.similarity)[:PAIRS_SHOWN]
             problems += warnings
-    problems += identical_scans((file.pair, file.path, file.content) for listed in files.values() for file in listed)
+    problems += identical_scans((file.pair, file.path, *file.contents) for listed in files.values() for file in listed)
     if pairs:
         try:
             groups_to_learn(opt, pairs, split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed))
         except DataError as error:
             problems += error.problems
-    print(f"{counted(pairs, 'pair')}, brought together {alignment}")
+    how = f"brought together {alignment}" if alignment else "which cannot be brought together"
+    print(f"{counted(pairs, 'pair')}, {how}")
     sizes, fits = {}, True
     for modality, listed in files.items():
         print(f"{modality}: {counted(listed, 'volume')} read to the end")
-        if listed:
+        if listed and alignment:
             sizes[modality], found = _describe(listed, readings[modality], alignment)
             problems += found
             fits = fits and all(file.size == sizes[modality] for file in listed)
@@ -77,11 +78,11 @@ def check_study(opt) -> bool:
 
 
 def _examine(pair: Pair, readings: dict[str, Reading],
-             alignment: Alignment) -> tuple[dict[str, SimpleNamespace], list[Problem]]:
+             alignment: Alignment | None) -> tuple[dict[str, SimpleNamespace], list[Problem]]:
     """Read both files of a pair as training would, but never from the cache; returns the readable ones and problems."""
     files, grids, problems = {}, [], []
     try:
-        readings = alignment.readings(readings, pair.files)
+        readings = alignment.readings(readings, pair.files) if alignment else readings
     except VolumeError:  # found again below
         pass
     except DataError as error:
@@ -90,7 +91,7 @@ def _examine(pair: Pair, readings: dict[str, Reading],
         path = pair.files[modality]
         try:
             scan = read_volume(path, reading.reduce)
-            if reading.resize == "none" and not reading.affine:  # a wrong size must not hide other problems of the file
+            if not (alignment and (reading.affine or reading.resize != "none")):  # other problems must not be hidden
                 reading = dataclasses.replace(reading, size=None)
             volume, low, high, affine = to_grid(scan, path, reading)
         except DataError as error:
@@ -99,7 +100,8 @@ def _examine(pair: Pair, readings: dict[str, Reading],
         grids.append((affine, volume.shape))
         files[modality] = SimpleNamespace(
             pair=pair.name, path=path, size=scan.voxels.shape, spacing=spacing_of(scan.affine), low=low, high=high,
-            orientation=scan.orientation, time_points=scan.time_points, content=content(volume), scan=scan)
+            orientation=scan.orientation, time_points=scan.time_points, scan=scan,
+            contents=(content(scan.voxels), content(volume)))
         if scan.repaired:
             problems.append(repaired_voxels(pair, modality, scan.repaired))
         if scan.orientation == "?":
@@ -108,7 +110,7 @@ def _examine(pair: Pair, readings: dict[str, Reading],
         if scan.conflict:
             problems.append(Problem(str(path), f"its header gives two orientations: {scan.conflict}", "the sform is "
                                     "used; check that left and right are correct", pair.name, fatal=False))
-    if len(grids) == 2 and alignment.how == "grid" and (warning := misalignment(pair, *grids)):
+    if len(grids) == 2 and alignment and alignment.how == "grid" and (warning := misalignment(pair, *grids)):
         problems.append(warning)
     return files, problems
 

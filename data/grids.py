@@ -15,9 +15,12 @@ def interpolate(volume: np.ndarray, to_old: np.ndarray, size: tuple[int, int, in
     """
     steps = [(-column / 3, 0 * column, column / 3) if np.linalg.norm(column) > COARSER else (0 * column,)
              for column in to_old[:3, :3].T]
-    samples = [affine_transform(volume, to_old[:3, :3], to_old[:3, 3] + sum(offsets), output_shape=size, order=1,
-                                mode="nearest") for offsets in itertools.product(*steps)]
-    return np.mean(samples, axis=0, dtype=np.float32)
+    places = [sum(offsets) for offsets in itertools.product(*steps)]
+    total = np.zeros(size, np.float32)  # a running sum: 27 volumes would need too much memory
+    for place in places:
+        total += affine_transform(volume, to_old[:3, :3], to_old[:3, 3] + place, output_shape=size, order=1,
+                                  mode="nearest")
+    return total / np.float32(len(places))
 
 
 def resample(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

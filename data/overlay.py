@@ -38,8 +38,8 @@ class Overlay:
 def overlay(pair: Pair, alignment: Alignment, scans: dict[str, Scan]) -> tuple[Overlay, list[Problem]]:
     """Bring the scans of a pair together; a warning where they would fit better if one were shifted."""
     grids = {modality: (scan.affine, scan.voxels.shape) for modality, scan in scans.items()}
-    extent = alignment.box or [n * step for affine, size in list(grids.values())[:1]
-                               for n, step in zip(size, spacing_of(affine))]
+    affine, size = next(iter(grids.values()))
+    extent = alignment.box or size * spacing_of(affine)
 
     def on(size: tuple[int, int, int]) -> dict[str, np.ndarray]:
         if alignment.how == "grid":

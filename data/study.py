@@ -43,7 +43,7 @@ class Study:
                 self._files[modality].append(file)
                 self.ranges[modality].append((metadata["low"], metadata["high"]))
                 self.affines[modality].append(np.array(metadata["affine"]))
-                scans.append((pair.name, pair.files[modality], metadata["content"]))
+                scans.append((pair.name, pair.files[modality], metadata["scan"], metadata["content"]))
                 affine = np.round(metadata["affine"], 3) + 0.0  # no negative zeros: they would hash differently
                 data_hash.update(f"{pair.name} {modality} {metadata['content']} {affine.tolist()}".encode())
                 if metadata["repaired"]:

@@ -77,6 +77,12 @@ def read_volume(path: Path, reduce: str = "mean") -> Scan:
                 next(iter(codes.values()), "?"), conflict, math.prod(image.shape[3:]))
 
 
+def read_header(path: Path) -> nib.Nifti1Header:
+    """A file's header, mended as `_affine` says. Raises VolumeError."""
+    with _opened(path) as (_, image, _):
+        return image.header
+
+
 def read_grid(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Affine (4, 4) and size of a file's volumes in RAS order, from its header alone. Raises VolumeError."""
     with _opened(path) as (_, image, _):
@@ -158,7 +164,7 @@ def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     if 1 < (length := np.linalg.norm(quaternion)) < 1 + LONG_QUATERNION:  # rounded
         for letter, value in zip("bcd", quaternion / length):
             header[f"quatern_{letter}"] = value
-    _refuse(path, (not header["sform_code"] and (header["pixdim"][1:4] == 0).any(),  # nibabel would silently make it 1
+    _refuse(path, (not (header["sform_code"] or (np.abs(header["pixdim"][1:4]) > 0).all()),  # nibabel would make it 1
                    f"its header has pixdim = {header['pixdim'][1:4].tolist()}", "correct pixdim in its header"),
             (not header["sform_code"] and header["qform_code"] and length >= 1 + LONG_QUATERNION,
              f"its header has quatern_b, c, d = {quaternion.tolist()}, which is no rotation", "correct its qform"))
@@ -204,6 +210,13 @@ def b_values_file(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".bval")
 
 
+def on_grid(scan: Scan, size: tuple[int, int, int], affine: np.ndarray, outside: float = np.nan) -> np.ndarray:
+    """The voxels of a scan on a grid: untouched if it is the scan's own, else interpolated, `outside` its view."""
+    if scan.voxels.shape == tuple(size) and np.allclose(scan.affine, affine, atol=1e-4):
+        return scan.voxels
+    return onto_grid(scan.voxels, scan.affine, size, affine, outside)
+
+
 def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray, reference: Path) -> None:
     """Write a volume (X, Y, Z), whose RAS affine (4, 4) is given, as NIfTI in the frame of the file `reference`.
 
@@ -212,8 +225,7 @@ def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray, reference: 
     with _opened(reference) as (_, native, _):
         ras_affine, size = ras_grid(native)
     orientation = nib.io_orientation(native.affine)
-    if volume.shape != size or not np.allclose(affine, ras_affine, atol=1e-4):
-        volume = onto_grid(volume, affine, size, ras_affine, volume.min())
+    volume = on_grid(Scan(volume, affine), size, ras_affine, volume.min())
     voxels = nib.apply_orientation(np.asarray(volume, np.float32), ornt_transform(axcodes2ornt("RAS"), orientation))
     header = native.header.copy()  # keeps sform, qform, spacing and units
     header.extensions.clear()

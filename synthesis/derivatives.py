@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.pairs import Pair
-from data.volumes import save_image, write_volume
+from data.volumes import read_header, save_image, write_volume
 from utils.errors import UserError
 from utils.files import write_text
 
@@ -97,9 +97,9 @@ def write(path: Path, volume: np.ndarray, affine: np.ndarray, frame: Path | None
         write_volume(path, volume, affine, frame)
     else:
         image = nib.Nifti1Image(volume.astype(np.float32), affine)
-        codes = nib.load(like).header if like else {"sform_code": 1, "qform_code": 1}  # 1: scanner space
-        image.set_sform(affine, int(codes["sform_code"]))
-        image.set_qform(affine, int(codes["qform_code"]))
+        codes = [int(read_header(like)[name]) for name in ("sform_code", "qform_code")] if like else []
+        for form, code in zip((image.set_sform, image.set_qform), codes if any(codes) else (1, 1)):  # 1: scanner space
+            form(affine, code)
         image.header.set_xyzt_units("mm")
         save_image(path, image)
     sidecar |= {"Description": "Synthesised by PDS; not a measurement", "SkullStripped": False,

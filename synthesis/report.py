@@ -7,7 +7,7 @@ import numpy as np
 from data.cache import load_volume
 from data.grids import spacing_of
 from data.intensity import scale
-from data.volumes import read_volume
+from data.volumes import on_grid, read_volume
 from synthesis.derivatives import Visit, read_sidecar, read_sidecars, volume_path
 from utils.figures import Panel, save_grid
 from utils.files import write_table, write_text
@@ -45,18 +45,21 @@ def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[flo
                for target in ranges if target != source]
     for pair, scans, source, target in volumes:
         file, std, (low, high) = *(volume_path(folder, pair, target, kind) for kind in ("synth", "std")), ranges[target]
-        scan, scores = read_volume(file, "first"), read_sidecar(file).get("Scores")
-        volume, spacing = scale(scan.voxels, low, high), spacing_of(scan.affine)
-        panels = {"synthesised": Panel(volume, spacing, quality(scores["volume"]) if scores else "")}
+        scan, scores, panels = read_volume(file, "first"), read_sidecar(file).get("Scores"), {}
+        size, affine = scan.voxels.shape, scan.affine
         for column, modality in (("source", source), ("truth", target)):
             if modality in scans:
                 cached, metadata = scans[modality]
                 panels[column] = Panel(load_volume(cached), spacing_of(np.array(metadata["affine"])))
-        if target in scans and panels["truth"].volume.shape == volume.shape and np.allclose(
-                scans[target][1]["affine"], scan.affine, atol=1e-4):
+        if "truth" in panels:  # all on its grid
+            size, affine = panels["truth"].volume.shape, np.array(scans[target][1]["affine"])
+        volume, spacing = scale(on_grid(scan, size, affine), low, high), spacing_of(affine)
+        panels["synthesised"] = Panel(volume, spacing, quality(scores["volume"]) if scores else "")
+        if "truth" in panels:
             panels["difference"] = Panel(volume - panels["truth"].volume, spacing, kind="difference")
         if std.exists():
-            panels["deviation"] = Panel(read_volume(std, "first").voxels * 2 / (high - low), spacing, kind="deviation")
+            deviation = on_grid(read_volume(std, "first"), size, affine) * 2 / (high - low)
+            panels["deviation"] = Panel(deviation, spacing, kind="deviation")
         rows.append((f"{pair.name}\n{source}{' -> ' * bool(source)}{target}\n{pair.group}", panels))
     columns = [column for column in COLUMNS if any(column in panels for _, panels in rows)]
     save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)} visits", columns,

@@ -24,6 +24,7 @@ from data.grids import inside, interpolate
 from data.intensity import brain_region, normalise
 from data.pairs import Pair
 from data.problems import DataError
+from data.study import read_study
 from models.diffusion import Diffusion
 from models.losses import tissue_loss
 from models.prior import Prior
@@ -32,7 +33,7 @@ from opt import Options
 from synthesis import derivatives
 from synthesis.model import TrainedModel
 from tests.conftest import SIZES, arguments, read_csv, refine_arguments, save, turned, weights, write_pairs
-from utils.metrics import score
+from utils.metrics import paired_gain, score
 
 BLOB = np.array([12.0, -7.0, 9.0])  # mm
 ORIENTATIONS = [(axes, signs) for axes in itertools.permutations(range(3))
@@ -195,6 +196,60 @@ def test_unknown_voxels_take_no_part_in_scores_intensities_and_means():
     assert not brain_region(hidden)[12:].any()
 
 
+def test_a_slab_that_no_window_fits_into_has_no_ssim():
+    truth, made = np.random.default_rng(0).uniform(-1, 1, (2, 20, 20, 20))
+    truth[:, :, 8:] = np.nan
+    values = score(made, truth, {})["volume"]
+    assert np.isnan(values["ssim"]) and np.isfinite(values["psnr"])
+    assert paired_gain([1.0, np.nan, 3.0], [0.0, 0.0, 1.0])[0] == 1.5
+
+
+def test_a_copied_scan_is_found_whatever_box_it_is_read_over(tmp_path):
+    """The same T1 scan under two names, beside FLAIR scans of other fields of view."""
+    rows = ["subject,t1,flair"]
+    for number, top in enumerate((12, 16, 20)):
+        t1 = save(tmp_path / f"{number}t1.nii", random_volume(max(number, 1)), from_matvec(np.eye(3) * 4))
+        flair = save(tmp_path / f"{number}flair.nii", random_volume(9 + number)[:, :, :top], from_matvec(np.eye(3) * 4))
+        rows.append(f"{number},{t1.name},{flair.name}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    options = Options(data_root=str(tmp_path / "pairs.csv"), modalities=("t1", "flair"), image_size=12, folds=1,
+                      cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"1t1.nii: holds the same scan as .*0t1.nii of sub-0"):
+        read_study(options)
+
+
+def test_a_translation_lies_where_its_source_says_now(tmp_path, capsys):
+    """Sources that only a mended header can place, and one whose affine is corrected between two runs."""
+    affine = from_matvec(np.diag([-4.0, 4, 4]), [30, -20, 10])
+    image = nib.Nifti1Image(random_volume(1), affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 0)
+    image.header["quatern_c"] *= 1 + 1e-6  # rounded
+    path = tmp_path / "a.nii"
+    path.write_bytes(image.header.binaryblock[:108] + np.float32(352).tobytes() + image.header.binaryblock[112:]
+                     + bytes(4) + image.get_fdata(dtype=np.float32).tobytes("F"))
+    readings = {name: Reading(name, (20, 20, 20)) for name in "ab"}
+    box = Alignment("world", (80.0, 80.0, 80.0), (), {"a": (0.0, 0.0, 0.0), "b": (0.0, 0.0, 0.0)})
+    first = dict.fromkeys("ab", np.array(box.readings(readings, {"a": path})["a"].affine))
+    model = Copying(None, None, {}, None, {}, ("a", "b"), readings, dict.fromkeys("ab", (0.0, 1.0)), first, box)
+    options = SimpleNamespace(batch_size=1, uncertainty_samples=0, average_flips=False, realism=0.0,
+                              output_space="target")
+    pair = Pair("1", "", "", None, {"a": path})
+
+    def made() -> nib.Nifti1Image:
+        sample.synthesise(options, model, [(pair, model.read(pair.files, tmp_path / "cache"))], tmp_path, {})
+        return nib.load(derivatives.volume_path(tmp_path, pair, "b"))
+
+    np.testing.assert_allclose(made().affine[:3, 3], [30 - 4 * 19, -20, 10], atol=1e-3)
+    nib.save(nib.Nifti1Image(random_volume(1), from_matvec(np.diag([-4.0, 4, 4]), [30, -20, 60])), path)  # corrected
+    np.testing.assert_allclose(made().affine[:3, 3], [30 - 4 * 19, -20, 60], atol=1e-3)
+    assert "replaced, because its source" in capsys.readouterr().out
+    image.set_qform(None, 0)
+    nib.save(image, path)  # no codes at all: readers use their default, which mirrors
+    scan, default = made(), nib.load(path)
+    np.testing.assert_allclose(scan.affine @ [19, 0, 0, 1], default.affine @ [0, 0, 0, 1], atol=1e-3)
+
+
 def test_pairs_that_share_too_little_are_refused_and_a_single_scan_has_its_place(tmp_path):
     paths = {name: save(tmp_path / f"{name}.nii", random_volume(n), from_matvec(np.eye(3) * 4, offset))
              for n, (name, offset) in enumerate({"a": (0, 0, 0), "b": (0, 0, 16), "c": (0, 0, 70)}.items())}
@@ -218,3 +273,15 @@ def test_pairs_that_share_too_little_are_refused_and_a_single_scan_has_its_place
 
 def random_volume(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((20, 20, 20), np.float32)
+
+
+def test_a_model_trained_edge_to_edge_says_where_new_scans_differ(tmp_path, capsys):
+    for seed, (name, offset) in enumerate({"a": 0, "b": 0, "c": 0, "d": 50, "e": 0}.items()):
+        save(tmp_path / f"{name}.nii", random_volume(seed), from_matvec(np.eye(3) * 4, (0, 0, offset)))
+    (tmp_path / "pairs.csv").write_text("subject,t1,flair\n1,a.nii,b.nii\n2,c.nii,d.nii\n3,e.nii,\n")
+    readings = {name: Reading(name, (20, 20, 20)) for name in ("t1", "flair")}
+    model = Copying(None, None, {}, None, {}, tuple(readings), readings, {}, {}, Alignment())
+    options = Options(data_root=str(tmp_path / "pairs.csv"), modalities=tuple(readings), cache_dir=str(tmp_path))
+    assert len(sample.read_visits(options, model)) == 3
+    printed = capsys.readouterr().out
+    assert printed.count("note:") == 1 and "c.nii and d.nii: their fields of view differ by up to 50 mm" in printed

@@ -81,7 +81,8 @@ def test_a_failure_of_tensorboard_stops_nothing(tmp_path, capsys, monkeypatch):
 
 def test_every_start_is_on_record(tmp_path):
     path, split = tmp_path / "run.json", {"train": ["sub-01"], "test": ["sub-02"]}
-    checkpoint = SimpleNamespace(run_id="a", stage="stage 1", step=0, metadata={"fingerprints": {"data": "x"}})
+    checkpoint = SimpleNamespace(run_id="a", stage="stage 1", step=0,
+                                 metadata={"fingerprints": {"data": "x"}, "alignment": {}})
     for checkpoint.step in (0, 7):
         write_run_record(path, checkpoint, {"epochs": 3 + checkpoint.step, "seed": 0}, {"epochs": 3, "seed": 0}, split)
     record = json.loads(path.read_text())

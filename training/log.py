@@ -98,7 +98,7 @@ def robust_output() -> Iterator[None]:
 
 
 def write_run_record(path: Path, run: Checkpoint, settings: dict, defaults: dict, split: dict[str, list[str]]) -> None:
-    """Write run.json: data, split (role -> pairs), and time, settings, versions, machine and commit of every start."""
+    """Write run.json: data, alignment, split (role -> pairs), and of every start time, settings, versions, machine."""
     starts = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         earlier = json.loads(path.read_text())
@@ -112,6 +112,6 @@ def write_run_record(path: Path, run: Checkpoint, settings: dict, defaults: dict
         "machine": {"name": platform.node(), "system": platform.platform(), "python": platform.python_version(),
                     "cores": os.cpu_count(), "threads": torch.get_num_threads(), "ranks": world_size(),
                     "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}})
-    record = {"run_id": run.run_id, "stage": run.stage, "fingerprints": run.metadata["fingerprints"], "split": split,
-              "starts": starts}
+    record = {"run_id": run.run_id, "stage": run.stage, "fingerprints": run.metadata["fingerprints"],
+              "alignment": run.metadata["alignment"], "split": split, "starts": starts}
     write_text(path, json.dumps(record, indent=2, default=str) + "\n")

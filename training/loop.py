@@ -108,7 +108,7 @@ class Stage:
         path = self.folder / f"step_{step:06d}.png"
         legend = ". Yellow outline: disease-related networks" if any(self.study.has_pattern) else ""
         save_grid(path, f"{self.name.capitalize()}, step {step}, validation subjects{legend}", columns, rows)
-        return path, {metric: float(np.mean([each[metric] for each in scores])) for metric in ("psnr", "ssim")}
+        return path, {metric: float(np.nanmean([each[metric] for each in scores])) for metric in ("psnr", "ssim")}
 
 
 def fit(stage: Stage) -> bool:
