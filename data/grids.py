@@ -3,23 +3,27 @@
 import itertools
 
 import numpy as np
-from scipy.ndimage import affine_transform
+from scipy.ndimage import affine_transform, spline_filter
 
-COARSER = 1.001  # old voxels per new voxel, from which on a new voxel averages
+COARSER, MUCH_COARSER = 1.001, 1.5  # old voxels per new voxel, from which on a new voxel averages
 
 
-def interpolate(volume: np.ndarray, to_old: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
-    """Interpolate linearly onto `size` voxels; to_old: (4, 4), new voxel -> old voxel. Repeats the edges outside.
+def interpolate(volume: np.ndarray, to_old: np.ndarray, size: tuple[int, int, int], sharp: bool = False) -> np.ndarray:
+    """Interpolate onto `size` voxels; to_old: (4, 4), new voxel -> old voxel. Repeats the edges outside.
 
-    Along axes that become coarser, each new voxel averages three samples, against aliasing.
+    Along axes that become coarser, each new voxel averages three samples, against aliasing. Samples are linear, which
+    blurs between voxels; sharp: quadratic splines, unless an axis becomes much coarser.
     """
-    steps = [(-column / 3, 0 * column, column / 3) if np.linalg.norm(column) > COARSER else (0 * column,)
-             for column in to_old[:3, :3].T]
+    coarser = np.linalg.norm(to_old[:3, :3], axis=0) > (MUCH_COARSER if sharp else COARSER)
+    order = 2 if sharp and not coarser.any() else 1
+    steps = [(-column / 3, 0 * column, column / 3) if averages else (0 * column,)
+             for column, averages in zip(to_old[:3, :3].T, coarser)]
     places = [sum(offsets) for offsets in itertools.product(*steps)]
+    weights = spline_filter(volume, order, np.float32, "nearest") if order > 1 else volume
     total = np.zeros(size, np.float32)  # a running sum: 27 volumes would need too much memory
     for place in places:
-        total += affine_transform(volume, to_old[:3, :3], to_old[:3, 3] + place, output_shape=size, order=1,
-                                  mode="nearest")
+        total += affine_transform(weights, to_old[:3, :3], to_old[:3, 3] + place, output_shape=size, order=order,
+                                  mode="nearest", prefilter=False)
     return total / np.float32(len(places))
 
 
@@ -46,10 +50,13 @@ RESIZE = {"resample": resample, "pad_crop": pad_crop}
 
 def onto_grid(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int], to_affine: np.ndarray,
               outside: float) -> np.ndarray:
-    """Interpolate a volume onto another grid; voxels whose centre is not in its field of view become `outside`."""
+    """Interpolate a volume onto another grid, sharply, within its own range of intensities.
+
+    Voxels whose centre is not in its field of view become `outside`.
+    """
     to_old = np.linalg.inv(affine) @ to_affine
-    seen = inside(to_old, size, volume.shape)
-    return np.where(seen, interpolate(volume, to_old, size), np.float32(outside))
+    made = np.clip(interpolate(volume, to_old, size, sharp=True), volume.min(), volume.max())
+    return np.where(inside(to_old, size, volume.shape), made, np.float32(outside))
 
 
 def inside(to_old: np.ndarray, size: tuple[int, int, int], old_size: tuple[int, int, int]) -> np.ndarray:

@@ -28,6 +28,5 @@ def test_padding_and_cropping_keep_every_voxel_in_place(size):
     theirs = resample_from_to(nib.Nifti1Image(volume, AFFINE), (size, affine), order=0, cval=volume.min())
     np.testing.assert_array_equal(made, theirs.get_fdata().astype(np.float32))
     back = onto_grid(made, affine, volume.shape, AFFINE, outside=made.min())
-    inside = np.isin(back, volume)
-    assert inside.sum() >= np.prod(np.minimum(size, volume.shape))
-    np.testing.assert_allclose(back[inside & (back != made.min())], volume[inside & (back != made.min())])
+    theirs = resample_from_to(nib.Nifti1Image(made, affine), (volume.shape, AFFINE), order=0, cval=made.min())
+    np.testing.assert_allclose(back, theirs.get_fdata(), atol=1e-3)
