@@ -3,36 +3,23 @@
 import itertools
 
 import numpy as np
-from scipy.ndimage import affine_transform, spline_filter
-
-COARSER, MUCH_COARSER = 1.001, 1.5  # old voxels per new voxel, from which on a new voxel averages
-
-
-def interpolate(volume: np.ndarray, to_old: np.ndarray, size: tuple[int, int, int], sharp: bool = False) -> np.ndarray:
-    """Interpolate onto `size` voxels; to_old: (4, 4), new voxel -> old voxel. Repeats the edges outside.
-
-    Along axes that become coarser, each new voxel averages three samples, against aliasing. Samples are linear, which
-    blurs between voxels; sharp: quadratic splines, unless an axis becomes much coarser.
-    """
-    coarser = np.linalg.norm(to_old[:3, :3], axis=0) > (MUCH_COARSER if sharp else COARSER)
-    order = 2 if sharp and not coarser.any() else 1
-    steps = [(-column / 3, 0 * column, column / 3) if averages else (0 * column,)
-             for column, averages in zip(to_old[:3, :3].T, coarser)]
-    places = [sum(offsets) for offsets in itertools.product(*steps)]
-    weights = spline_filter(volume, order, np.float32, "nearest") if order > 1 else volume
-    total = np.zeros(size, np.float32)  # a running sum: 27 volumes would need too much memory
-    for place in places:
-        total += affine_transform(weights, to_old[:3, :3], to_old[:3, 3] + place, output_shape=size, order=order,
-                                  mode="nearest", prefilter=False)
-    return total / np.float32(len(places))
+from scipy.ndimage import affine_transform, gaussian_filter
 
 
 def resample(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate a volume onto `size` voxels over the same field of view; returns it and its affine."""
+    """Interpolate a volume linearly onto `size` voxels over the same field of view; returns it and its affine.
+
+    Along axes that become coarser, each new voxel averages three samples, against aliasing.
+    """
     zoom = np.array(volume.shape) / np.array(size)  # old voxels per new voxel
     to_old = np.diag([*zoom, 1.0])
     to_old[:3, 3] = (zoom - 1) / 2  # the outer voxel edges of both grids coincide
-    return interpolate(volume, to_old, size), affine @ to_old
+    places = list(itertools.product(*((-z / 3, 0.0, z / 3) if z > 1 else (0.0,) for z in zoom)))
+    total = np.zeros(size, np.float32)  # a running sum: 27 volumes would need too much memory
+    for place in places:
+        total += affine_transform(volume, to_old[:3, :3], to_old[:3, 3] + place, output_shape=size, order=1,
+                                  mode="nearest")
+    return total / np.float32(len(places)), affine @ to_old
 
 
 def pad_crop(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -50,12 +37,17 @@ RESIZE = {"resample": resample, "pad_crop": pad_crop}
 
 def onto_grid(volume: np.ndarray, affine: np.ndarray, size: tuple[int, int, int], to_affine: np.ndarray,
               outside: float) -> np.ndarray:
-    """Interpolate a volume onto another grid, sharply, within its own range of intensities.
+    """Interpolate a volume onto another grid by quadratic splines, within its own range of intensities.
 
-    Voxels whose centre is not in its field of view become `outside`.
+    Where voxels become larger, the volume is smoothed first, by a Gaussian with the variance that an average over the
+    new voxel adds. Voxels whose centre is not in its field of view become `outside`.
     """
     to_old = np.linalg.inv(affine) @ to_affine
-    made = np.clip(interpolate(volume, to_old, size, sharp=True), volume.min(), volume.max())
+    width = np.linalg.norm(to_old[:3, :3], axis=1)  # of a new voxel along the old axes, in old voxels
+    smooth = gaussian_filter(volume, np.sqrt(np.maximum(0, width**2 - 1) / 12), mode="nearest", truncate=1.5)
+    order = 2 if width.max() < 2 else 1  # a spline adds nothing to a smooth volume
+    made = affine_transform(smooth, to_old[:3, :3], to_old[:3, 3], output_shape=size, order=order, mode="nearest")
+    made = np.clip(made, volume.min(), volume.max()).astype(np.float32)
     return np.where(inside(to_old, size, volume.shape), made, np.float32(outside))
 
 

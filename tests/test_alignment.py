@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.affines import apply_affine, from_matvec
 from nibabel.processing import resample_from_to
+from scipy.ndimage import affine_transform
 
 import main
 import sample
@@ -20,7 +21,7 @@ from benchmarks.moved_demo import agreement, write_moved
 from data import demo
 from data.alignment import Alignment, align
 from data.cache import Reading
-from data.grids import inside, interpolate
+from data.grids import inside
 from data.intensity import brain_region, normalise
 from data.pairs import Pair
 from data.problems import DataError
@@ -68,7 +69,8 @@ class Copying(TrainedModel):
         size, old = self.readings[target].size, volumes.shape[1:]
         box = np.diag([*np.divide(old, size), 1.0])
         box[:3, 3] = (np.divide(old, size) - 1) / 2
-        return {"synth": np.stack([interpolate(np.nan_to_num(each, nan=-1), box, size) for each in volumes])}
+        return {"synth": np.stack([affine_transform(np.nan_to_num(each, nan=-1), box[:3, :3], box[:3, 3], size,
+                                                    order=1, mode="nearest") for each in volumes])}
 
 
 @given(source=grids(), target=grids(), space=st.sampled_from(("target", "source")), known=st.booleans())
