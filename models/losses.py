@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from utils.errors import UserError
+from utils.metrics import SSIM_RADIUS, SSIM_SIGMA
 
-SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # voxels
 SSIM_C1, SSIM_C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # for a data range of 2
 VGG16_URL = VGG16_Weights.IMAGENET1K_V1.url
 VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)

@@ -107,7 +107,7 @@ def open_model(opt, device: torch.device) -> TrainedModel:
         readings = {modality: Reading(modality, tuple(size), trained["reduce"][modality], trained["resize"],
                                       trained["intensity"][modality]) for modality, size in state["sizes"].items()}
         ranges, affines = state["ranges"], {name: np.array(affine, float) for name, affine in state["affines"].items()}
-        alignment = Alignment(**state.get("backbone", state)["alignment"])
+        alignment = Alignment(**state["alignment"])
     except UNFIT as error:
         raise UserError(f"{opt.resume_path}: does not fit this version of PDS ({error}); train again") from error
     needs = "realism" if opt.realism else "average_flips" if opt.average_flips and not refiner else ""

@@ -11,7 +11,7 @@ from skimage.metrics import structural_similarity
 from utils.files import write_table
 
 DATA_RANGE = 2.0
-SSIM_RADIUS = 5  # voxels, of the window
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # voxels, of the Gaussian window, also of the loss
 COLUMNS = ("subject", "direction", "volume", "region", "psnr", "ssim", "mae")
 
 
@@ -25,7 +25,7 @@ def score(candidate: np.ndarray, truth: np.ndarray, regions: dict[str, np.ndarra
     candidate, truth = (np.clip(volume, -1, 1).astype(np.float64) for volume in (candidate, truth))
     known, candidate = ~np.isnan(truth), np.nan_to_num(candidate, nan=-1)  # a copied source may see less than the truth
     _, ssim_map = structural_similarity(candidate, np.where(known, truth, candidate), data_range=DATA_RANGE,
-                                        gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
+                                        gaussian_weights=True, sigma=SSIM_SIGMA, use_sample_covariance=False, full=True)
     windows = minimum_filter(known, 2 * SSIM_RADIUS + 1, mode="nearest")
     inner = np.pad(np.ones(np.subtract(known.shape, 2 * SSIM_RADIUS), bool), SSIM_RADIUS)
     error, scores = candidate - truth, {}
