@@ -64,6 +64,7 @@ def run(settings) -> int:
         state = None
         if settings.refine:  # before any data is read
             state = read_checkpoint(Path(settings.resume_path), (STAGE_1, STAGE_2))
+            del state["model"], state["optimiser"]  # of no use here, and large
         stage_folder = Path(settings.result_dir) / (Stage2 if settings.refine else Stage1).folder_name
         folders = settings.checkpoint_dir, settings.result_dir, settings.cache_dir
         make_writable(*folders, stage_folder)
@@ -75,7 +76,6 @@ def run(settings) -> int:
             study = read_study(settings)
         describe(settings, study, device)
         stage = Stage2(settings, study, device, state) if settings.refine else Stage1(settings, study, device)
-        del state  # with the optimiser of stage 1
         return FINISHED if fit(stage) else STOPPED
 
 

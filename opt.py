@@ -19,7 +19,7 @@ from typing import Literal
 from data.problems import SMALLEST_AXIS
 from data.volumes import MAX_VOXELS
 from utils.errors import UserError
-from utils.settings import Settings, problems_of, setting
+from utils.settings import Settings, expand_paths, path, problems_of, setting
 
 
 @dataclasses.dataclass
@@ -28,16 +28,17 @@ class Options(Settings):
     refine: bool = setting(False, affects="nothing")  # False: stage 1, the diffusion model. True: stage 2, refinement
     # stage 1: the checkpoint to resume (empty: last_model.pth in checkpoint_dir). Stage 2: the stage-1 model to refine,
     # or a stage-2 checkpoint to resume
-    resume_path: str = setting("", affects="nothing")
+    resume_path: str = path("")
     check: bool = setting(False, affects="nothing")  # do not train: read every volume, report all problems of the study
 
     # ---- Data
     # a CSV/TSV file (columns: subject, one per modality; optional: session, group, fold) or a BIDS folder;
-    data_root: str = setting("./data/demo", affects="nothing")  # the default is a demo, written on first use
+    data_root: str = path("./data/demo")  # the default is a demo, written on first use
     modalities: tuple[str, ...] = setting(("fmri", "dmri"), affects="data")  # columns of the table, or BIDS names
     # BIDS: the end of a modality's file names before .nii.gz; * matches anything. Default: fmri=bold dmri=dwi, any
     # other modality its own name (T1w, FLAIR). Example: fmri=space-MNI152NLin2009cAsym_desc-preproc_bold
     bids_suffix: dict = setting({})
+    share_scans: bool = False  # BIDS: a scan above the sessions (fMRIPrep's anat) belongs to each that has none itself
     exclude: tuple[str, ...] = ()  # subjects (sub-01) or single visits (sub-01_ses-2) to leave out
     # voxels along X, Y, Z in RAS order: one int, three ints, or one entry per modality. On the command line: 64,
     # 64x64x32, or fmri=32x32x18 dmri=48x48x30
@@ -64,7 +65,7 @@ class Options(Settings):
     # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
     # pattern-aware loss. "template": another space that all subjects share. Both have one box for all pairs
     space: Literal["auto", "mni", "template", "native"] = "auto"
-    cache_dir: str = setting("./data/cache", affects="nothing")  # decoded and coarse volumes; delete only between runs
+    cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # folds of the subjects; 1: no test set, train on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1
     # fraction of the other folds' subjects that is held out to choose the best checkpoint
@@ -73,10 +74,11 @@ class Options(Settings):
     # ---- Model (both stages: stage 2 trains the network of stage 1 on)
     # resolution levels; each halves the grid and doubles the channels
     unet_depth: int = setting(3, at_least=1, at_most=6, affects="network")
-    base_channels: int = setting(32, at_least=8, affects="network")  # channels at the finest level; a multiple of 8
-    res_blocks: int = setting(1, at_least=1, affects="network")  # residual blocks per level
+    # channels at the finest level; a multiple of 8
+    base_channels: int = setting(32, at_least=8, at_most=1024, affects="network")
+    res_blocks: int = setting(1, at_least=1, at_most=16, affects="network")  # residual blocks per level
     # residual blocks on the target's grid, where source features join
-    output_blocks: int = setting(2, at_least=1, affects="network")
+    output_blocks: int = setting(2, at_least=1, at_most=16, affects="network")
     # space-to-depth, in voxels: 1 is published, 2 much faster
     patch_size: int = setting(2, at_least=1, at_most=8, affects="network")
     # "late" (published): noisy target and source features meet only at the output; "early": the U-Net also receives the
@@ -88,7 +90,7 @@ class Options(Settings):
     dropout: float = setting(0.0, at_least=0, below=1, affects="network")
 
     # ---- Diffusion (stage 1)
-    timesteps: int = setting(1000, at_least=2, affects="stage 1")  # T of the cosine noise schedule
+    timesteps: int = setting(1000, at_least=2, at_most=10**6, affects="stage 1")  # T of the cosine noise schedule
     # one timestep for both modalities, or one for each
     timestep_coupling: Literal["shared", "independent"] = setting("independent", affects="stage 1")
     prediction: Literal["epsilon", "v"] = setting("v", affects="stage 1")  # of the noise, or v (Salimans & Ho 2022)
@@ -104,15 +106,15 @@ class Options(Settings):
     pattern_weight: float = setting(1.0, at_least=0)  # extra weight of voxels in disease-related brain networks; 0: off
     pattern_networks: tuple[str, ...] = ("cingulo-opercular", "default", "fronto-parietal")  # of Dosenbach's 160 ROIs
     pattern_radius: float = setting(5.0, above=0)  # mm around each ROI's centre
-    # a NIfTI label image over the volumes to use instead of these ROIs, also in native space;
-    pattern_file: str = ""  # {subject} and {session} in the path are replaced by those of each pair
+    # a NIfTI label image over the volumes to use instead of these ROIs, also in native space; in its path, {subject} is
+    pattern_file: str = path("")  # sub-01, {session} is 2. On resume, masks are compared
     pattern_labels: tuple[int, ...] = ()  # labels of pattern_file that get the extra weight; (): all except 0
     structure_weight: float = setting(0.1, at_least=0, affects="stage 2")  # stage 2: weight of 1 - SSIM; 0: off
     # stage 2: weight of the loss on the mean projections along the three axes; 0: off
     microstructure_weight: float = setting(0.1, at_least=0, affects="stage 2")
     # stage 2: weight of the loss on VGG16 features of these projections, if the VGG16 weights are available; 0: off.
     perceptual_weight: float = setting(0.01, at_least=0, affects="nothing")  # On resume, their hash is compared
-    vgg_weights: str = setting("", affects="nothing")  # torchvision's VGG16 state dict; empty: from torch.hub's cache
+    vgg_weights: str = path("")  # torchvision's VGG16 state dict; empty: from torch.hub's cache
     vgg_download: bool = setting(False, affects="nothing")  # download the file into that cache if missing (528 MB)
 
     # ---- Training
@@ -144,8 +146,8 @@ class Options(Settings):
     coarse: Literal["expected", "joint", "none"] = setting("expected", affects="stage 2")
 
     # ---- Output
-    checkpoint_dir: str = setting("./checkpoints", affects="nothing")  # folder of {best,last}_{model,refine}.pth
-    result_dir: str = setting("./results", affects="nothing")  # folder of figures, NIfTI volumes, log.csv, metrics.csv
+    checkpoint_dir: str = path("./checkpoints")  # folder of {best,last}_{model,refine}.pth
+    result_dir: str = path("./results")  # folder of figures, NIfTI volumes, log.csv, metrics.csv
     checkpoint_every: int = setting(100, at_least=1, affects="nothing")  # steps between saves (also after every epoch)
     validate_every: int = setting(10, at_least=1, affects="nothing")  # epochs between validations (also at the end)
     num_samples: int = setting(2, at_least=1, affects="nothing")  # subjects in a sample grid
@@ -154,7 +156,7 @@ class Options(Settings):
     max_minutes: float = setting(0.0, at_least=0, affects="nothing")
 
     # ---- Using a trained model (python sample.py; resume_path is the model, of either stage)
-    sample_dir: str = setting("./results/synthesis", affects="sample.py")  # output folder, a BIDS derivatives tree
+    sample_dir: str = path("./results/synthesis", affects="sample.py")  # output folder, a BIDS derivatives tree
     # number of new pairs to draw from noise (per group, with condition_on_group); 0: translate the scans in data_root
     joint_samples: int = setting(0, at_least=0, below=10**6, affects="sample.py")
     # grid of a translation: the source file's, or the target file's (without one: training's, over the source's view)
@@ -206,8 +208,8 @@ class Options(Settings):
                 "attention_tokens": self.attention_tokens, "dropout": self.dropout}
 
     def validate(self) -> None:
-        """Raise one UserError that lists every wrong name, type, value and combination."""
-        if problems := problems_of(self):
+        """Expand paths; raise one UserError that lists every wrong name, type, value and combination."""
+        if problems := problems_of(self) or expand_paths(self):
             raise UserError("\n".join(problems))
 
     def wrong_combinations(self) -> list[str]:

@@ -17,11 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.alignment import misalignment
-from data.cache import load_volume
+from data.cache import doubts, load_volume
 from data.intensity import brain_region, to_units
 from data.pairs import Pair, find_pairs
-from data.problems import DataError, raise_if_fatal
-from data.study import repaired_voxels
+from data.problems import DataError, Problem, print_notes, raise_if_fatal
 from models.diffusion import name_key
 from opt import PRESETS, opt
 from synthesis import derivatives
@@ -38,9 +37,11 @@ from utils.stop import Interrupted, exit_with, interruptible, stop
 
 def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
     """Decode the volumes in opt.data_root. Raises UserError and Interrupted."""
-    pairs, problems = find_pairs(Path(opt.data_root), model.modalities, tuple(opt.exclude), opt.bids_suffix, True)
+    pairs, problems = find_pairs(Path(opt.data_root), model.modalities, tuple(opt.exclude), opt.bids_suffix, True,
+                                 opt.share_scans)
     notes, visits, modalities = raise_if_fatal(problems), [], " or ".join(model.modalities)
-    notes += [f"{pair.name}: left out because it has no {modalities}" for pair in pairs if not pair.files]
+    notes += [Problem(pair.name, f"left out because it has no {modalities}", "fill in a file", fatal=False)
+              for pair in pairs if not pair.files]
     for pair in interruptible(tqdm([pair for pair in pairs if pair.files], desc="reading", unit="visit", disable=None)):
         try:
             scans = model.read(pair.files, Path(opt.cache_dir))
@@ -49,14 +50,13 @@ def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
         grids = [(np.array(metadata["affine"]), model.readings[name].size) for name, (_, metadata) in scans.items()]
         if model.alignment.how == "grid" and len(grids) > 1 and (note := misalignment(pair, *grids)):
             notes.append(note)
-        notes += [repaired_voxels(pair, modality, metadata["repaired"])
-                  for modality, (_, metadata) in scans.items() if metadata["repaired"]]
+        for modality, (_, metadata) in scans.items():
+            notes += doubts(pair, modality, metadata["doubts"])
         visits.append((pair, scans))
     if not visits:
         raise UserError(f"opt.data_root = {opt.data_root!r}: no visit has a file of {modalities}; give a CSV with one "
                         "of these columns, or a BIDS tree (opt.bids_suffix)")
-    for note in notes:
-        print(f"note: {note}")
+    print_notes(notes)
     return visits
 
 

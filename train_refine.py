@@ -20,7 +20,7 @@ from models.prior import Prior
 from models.translator import Translator
 from models.unet import DualModalUNet, NetworkConfig
 from opt import names_affecting
-from training.checkpoint import STAGE_1, STAGE_2, UNFIT, Checkpoint, content_hash, read_checkpoint, refuse_another_run
+from training.checkpoint import STAGE_1, STAGE_2, Checkpoint, content_hash, read_checkpoint, refuse_another_run
 from training.coarse import CoarseVolumes
 from training.distributed import is_main_rank, local_main_first, shard
 from training.launch import compute_dtype
@@ -28,10 +28,11 @@ from training.loop import MicroBatch, Stage
 from utils.errors import UserError
 from utils.metrics import psnr, quality, score, summary, write_metrics
 from utils.stop import interruptible
+from utils.tensors import UNFIT
 
 save_every = 100  # steps between two sample grids in results/
 
-BACKBONE_KEYS = ("stage", "step", "options", "sizes", "network", "fingerprints", "ranges", "affines", "groups",
+BACKBONE_KEYS = ("stage", "step", "best", "run_id", "options", "fingerprints", "ranges", "affines", "groups",
                  "alignment")
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 trains without them)"  # a fingerprint of the run
 

@@ -60,7 +60,8 @@ def write_random_study(folder: Path, sizes: dict[str, tuple[int, ...]], pairs: i
 def new_stage(number: int, settings, study: Study, device: torch.device) -> Stage:
     stage = Stage1(settings, study, device)
     if number == 2:
-        state = {**stage.metadata, "stage": STAGE_1, "step": 0, "ema": {"model": stage.network.state_dict()}}
+        state = {**stage.metadata, "stage": STAGE_1, "step": 0, "ema": {"model": stage.network.state_dict()},
+                 "best": 0.0, "run_id": "0" * 32, "sizes": dict(study.sizes), "network": settings.network_arguments()}
         stage = Stage2(settings, study, device, state)
     stage.save_every = 10**9
     return stage

@@ -14,11 +14,13 @@ import numpy as np
 
 from data.grids import RESIZE, onto_grid
 from data.intensity import normalise
+from data.pairs import Pair
 from data.problems import Problem, VolumeError
 from data.volumes import Scan, b_values_file, read_volume
-from utils.files import replace_file, write_text
+from utils.files import open_regular, read_json, replace_file, write_text
 
-CACHE_FORMAT = 3  # raise it whenever the same file and settings give another volume
+AGAIN = "run the same command to make it again and resume from the last checkpoint"
+CACHE_FORMAT = 4  # raise it whenever the same file and settings give another volume
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,32 @@ class Reading:
 def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, dict]:
     """Return the cache file of a volume, for `load_volume`, and its metadata; decode the volume if it is not cached.
 
-    metadata: low, high (intensities in file units that became -1 and 1), affine, repaired (number of voxels), content,
-    scan (content before resampling).
+    metadata: low, high (intensities in file units that became -1 and 1), affine, doubts (of Scan), content, scan
+    (content before resampling).
     The key holds all settings, and path, size and times of the file (and its .bval). Raises VolumeError, UserError.
     """
     b_values = _file_state(b_values_file(path)) if reading.reduce in ("b0", "shell") else ()
     key = hashlib.sha256(repr((CACHE_FORMAT, _file_state(path), reading, b_values)).encode())
     voxels_file, metadata_file = (cache_dir / f"{key.hexdigest()[:32]}.{ending}" for ending in ("npy", "json"))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: decode the volume again
-        metadata = json.loads(metadata_file.read_text())
-        if content(load_volume(voxels_file)) == metadata["content"]:
+    try:
+        metadata, checksum = read_json(metadata_file)
+        if checksum == _checksum(metadata) and content(_load(voxels_file)) == metadata["content"]:
             return voxels_file, metadata
+    except (FileNotFoundError, ValueError, EOFError, KeyError, TypeError):  # missing or damaged: it is decoded again
+        pass
+    except OSError as error:
+        raise _cannot_read(metadata_file, error) from error
     scan = read_volume(path, reading.reduce)
     volume, low, high, affine = to_grid(scan, path, reading)
-    metadata = {"low": low, "high": high, "affine": affine.tolist(), "repaired": scan.repaired,
+    metadata = {"low": low, "high": high, "affine": affine.tolist(), "doubts": scan.doubts,
                 "content": content(volume), "scan": content(scan.voxels)}
     save_volume(voxels_file, volume)
-    write_text(metadata_file, json.dumps(metadata))
+    write_text(metadata_file, json.dumps([metadata, _checksum(metadata)]))
     return voxels_file, metadata
+
+
+def _checksum(metadata: dict) -> str:
+    return hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
 
 
 def _file_state(path: Path) -> tuple:
@@ -70,15 +80,30 @@ def save_volume(path: Path, volume: np.ndarray) -> None:
 
 
 def load_volume(path: Path) -> np.ndarray:
-    """Read a volume (X, Y, Z) of the cache. Raises VolumeError, and removes the file, if it cannot be read."""
+    """Read a volume (X, Y, Z) of the cache. Raises VolumeError where it cannot be read; a damaged file is removed."""
     try:
-        with open(path, "rb") as file:  # not memory-mapped: a disk error would kill the process (SIGBUS)
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return _load(path)
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except (ValueError, EOFError) as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise VolumeError(path, f"has become unreadable ({error})", "run the same command to make it again and resume "
-                          "from the last checkpoint") from error
+        raise VolumeError(path, f"has become unreadable ({error})", AGAIN) from error
+
+
+def _load(path: Path) -> np.ndarray:
+    with open_regular(path) as file:  # not memory-mapped: a disk error would kill the process (SIGBUS)
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.float32:
+            raise ValueError(f"it holds {dtype}")
+        return np.fromfile(file, dtype).reshape(shape)  # as much as there is, whatever the header announces
+
+
+def _cannot_read(path: Path, error: OSError) -> VolumeError:
+    """For an error that may pass: the content stays."""
+    return VolumeError(path, f"cannot be read right now ({error.strerror or error})", "fix the cause, or delete the "
+                       f"file; then {AGAIN}")
 
 
 def to_grid(scan: Scan, path: Path, reading: Reading) -> tuple[np.ndarray, float, float, np.ndarray]:
@@ -104,13 +129,23 @@ def content(volume: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
 
 
-def identical_scans(scans: Iterable[tuple[str, Path, str, str]]) -> list[Problem]:
-    """A problem for each scan that is a copy of an earlier one, in its file or as read: (pair name, file, contents)."""
+def identical_scans(scans: Iterable[tuple[Pair, str, str, str]]) -> list[Problem]:
+    """A problem for each scan that another person, or the other modality, has, too, in its file or as read.
+
+    scans: pair, modality, contents. The sessions of one person may share a scan.
+    """
     earlier, problems = {}, []
-    for name, path, *contents in scans:
-        others = [earlier.setdefault(hashed, (name, path)) for hashed in contents]
-        if other := next((other for other in others if other[1] != path), None):
-            owner, first = other
-            problems.append(Problem(str(path), f"holds the same scan as {first} of {owner}",
-                                    "keep only one: no subject may be in both the training and the test set", name))
+    for pair, modality, *contents in scans:
+        owner = pair.person, modality
+        others = [earlier.setdefault(hashed, (owner, pair.name, pair.files[modality])) for hashed in contents]
+        if other := next((other for other in others if other[0] != owner), None):
+            _, name, file = other
+            problems.append(Problem(str(pair.files[modality]), f"holds the same scan as {file} of {name}, but is the "
+                                    f"{modality} of {pair.name}", "keep only one: no subject may be in both the "
+                                    "training and the test set", pair.name))
     return problems
+
+
+def doubts(pair: Pair, modality: str, found: Iterable[tuple[str, str]]) -> list[Problem]:
+    """Warnings for the doubts of a Scan."""
+    return [Problem(str(pair.files[modality]), what, remedy, pair.name, fatal=False) for what, remedy in found]

@@ -10,13 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
-from data.cache import Reading, content, identical_scans, to_grid
+from data.cache import Reading, content, doubts, identical_scans, to_grid
 from data.grids import spacing_of
 from data.overlay import PAIRS_SHOWN, overlay, save_overlays
 from data.pairs import Pair
 from data.problems import SMALLEST_AXIS, DataError, Problem, VolumeError
 from data.split import groups_to_learn, split_subjects
-from data.study import find_study, repaired_voxels
+from data.study import find_study
 from data.volumes import read_volume
 from utils.files import write_table
 from utils.stop import interruptible
@@ -46,7 +46,8 @@ def check_study(opt) -> bool:
             found, warnings = overlay(pair, alignment, scans)
             overlays = sorted([*overlays, found], key=lambda each: each.similarity)[:PAIRS_SHOWN]
             problems += warnings
-    problems += identical_scans((file.pair, file.path, *file.contents) for listed in files.values() for file in listed)
+    problems += identical_scans((file.pair, modality, *file.contents)
+                                for modality, listed in files.items() for file in listed)
     if pairs:
         try:
             groups_to_learn(opt, pairs, split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed))
@@ -99,17 +100,10 @@ def _examine(pair: Pair, readings: dict[str, Reading],
             continue
         grids.append((affine, volume.shape))
         files[modality] = SimpleNamespace(
-            pair=pair.name, path=path, size=scan.voxels.shape, spacing=spacing_of(scan.affine), low=low, high=high,
+            pair=pair, path=path, size=scan.voxels.shape, spacing=spacing_of(scan.affine), low=low, high=high,
             orientation=scan.orientation, time_points=scan.time_points, scan=scan,
             contents=(content(scan.voxels), content(volume)))
-        if scan.repaired:
-            problems.append(repaired_voxels(pair, modality, scan.repaired))
-        if scan.orientation == "?":
-            problems.append(Problem(str(path), "its header gives no orientation", "NIfTI's default is used; check that "
-                                    "left and right are correct", pair.name, fatal=False))
-        if scan.conflict:
-            problems.append(Problem(str(path), f"its header gives two orientations: {scan.conflict}", "the sform is "
-                                    "used; check that left and right are correct", pair.name, fatal=False))
+        problems += doubts(pair, modality, scan.doubts)
     if len(grids) == 2 and alignment and alignment.how == "grid" and (warning := misalignment(pair, *grids)):
         problems.append(warning)
     return files, problems
@@ -132,7 +126,7 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
         usual = np.rint(alignment.box / np.median([file.spacing for file in files], axis=0)).astype(int).tolist()
     elif reading.resize == "none":
         problems = [Problem(str(file.path), f"has size {_x(file.size)}, most have {_x(usual)}", 'set opt.resize = '
-                            '"resample" or "pad_crop", or exclude the subject (opt.exclude)', file.pair)
+                            '"resample" or "pad_crop", or exclude the subject (opt.exclude)', file.pair.name)
                     for file in files if file.size != usual]
         if reading.size and usual != reading.size:
             problems.append(Problem(f"opt.image_size ({reading.modality})", f"is {_x(reading.size)}, but most volumes "

@@ -9,6 +9,9 @@ from skimage.filters import threshold_otsu
 from data.problems import VolumeError
 
 PERCENTILES = (0.1, 99.9)  # robust: a few outliers do not set the contrast of the rest
+USUAL = (5, 95)  # percentiles between which a scan must show something
+RESOLUTION = 1e-6  # differences of this part of a number vanish in float32
+TINY = 1e-30  # so do differences below this when they are divided
 
 
 def brain_region(volume: np.ndarray) -> np.ndarray:
@@ -24,14 +27,19 @@ def normalise(volume: np.ndarray, path: Path, intensity: str = "percentile") -> 
 
     intensity: the range is the 0.1 to 99.9 percentiles ("percentile") or minimum to maximum ("minmax") of all voxels,
     or of those of the brain ("brain_..."). NaN, where a scan sees nothing, takes no part, and stays. path: for the
-    message. Raises VolumeError if the volume is constant.
+    message. Raises VolumeError if the volume is constant, or so nearly that float32 cannot tell.
     """
     known = volume[np.isfinite(volume)]
-    if known.min() == known.max():
-        raise VolumeError(path, f"every voxel is {known.min():g}", "repair the file, or list it in opt.exclude")
+    smallest, largest = float(known.min()), float(known.max())
+    if largest - smallest <= max(TINY, RESOLUTION * max(-smallest, largest)):
+        values = f"is {smallest:g}" if smallest == largest else f"lies within {smallest!r} .. {largest!r}: too close"
+        raise VolumeError(path, f"every voxel {values}", "repair the file, or list it in opt.exclude")
     voxels = volume[brain_region(volume)] if intensity.startswith("brain") else known
     low, high = np.percentile(voxels, PERCENTILES) if "percentile" in intensity else (voxels.min(), voxels.max())
-    low, high = map(float, (low, high) if high > low else (known.min(), known.max()))  # if nearly all are equal
+    low, high = map(float, (low, high) if high - low > TINY else (smallest, largest))  # if nearly all are equal
+    if 0 < np.ptp(np.percentile(known, USUAL)) < RESOLUTION * (high - low):
+        raise VolumeError(path, f"nearly all voxels become one value, because some are {smallest:g} or {largest:g}",
+                          "repair the file, choose another opt.intensity, or list it in opt.exclude")
     return scale(volume, low, high), low, high
 
 

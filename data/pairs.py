@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import fnmatch
+import functools
 import io
 import os
 import re
@@ -10,13 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.problems import DataError, Problem
+from utils.files import expanded, read_text
 
 BIDS_SUFFIX = {"fmri": "bold", "dmri": "dwi"}  # the suffix of any other modality is its own name, e.g. T1w
+MISSING = {"", "n/a", "na", "nan", "none", "null", "#n/a", "<na>"}  # in a cell, in any case
+MAX_NAME = 150  # bytes, of the 255 of a file name
+Sessions = dict[str, tuple[str, dict[str, Path]]]  # canonical label -> label as found, modality -> file
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Both scans of one visit of one subject. files: modality -> NIfTI file."""
+    """Both scans of one visit of one subject. files: modality -> NIfTI file.
+
+    subject and session are what {subject} and {session} stand for in opt.pattern_file: sub-01 and 2, with and without
+    their prefix.
+    """
 
     subject: str
     session: str
@@ -27,12 +36,11 @@ class Pair:
     @property
     def name(self) -> str:
         """sub-01 or sub-01_ses-2: the label in figures, tables and file names."""
-        subject = self.subject if self.subject.startswith("sub-") else f"sub-{self.subject}"
-        return subject + (f"_ses-{self.session.removeprefix('ses-')}" if self.session else "")
+        return self.subject + (f"_ses-{self.session}" if self.session else "")
 
     @property
     def person(self) -> str:
-        """The subject, equal for all spellings: sub-01, 01 and 1 are one person, and so are A07 and a7."""
+        """The subject, equal for all spellings: sub-01, 01 and 1 are one person, and so are A7 and a7."""
         return _canonical(self.subject, "sub")
 
     @property
@@ -41,32 +49,37 @@ class Pair:
         return all("_space-MNI" in file.name for file in self.files.values())
 
 
+@functools.lru_cache(2**20)
 def _canonical(label: str, prefix: str) -> str:
-    """Lower case, without prefix and leading zeros: sub-01, sub01, 01 and 1 become 1."""
-    bare = re.sub(rf"^{prefix}(-|[_ ]?(?=\d))", "", label.strip().lower())
-    return re.sub(r"0*(\d+)", r"\1", bare, flags=re.ASCII)
+    """Lower case, without prefix and zeros in front: sub-01, sub01, 01 and 1 become 1. S1.05 is not S1.5."""
+    bare = re.sub(rf"^({prefix}(-|[_ ]?(?=\d)))+", "", label.strip().lower())
+    return re.sub(r"^0+(?=\d)", "", bare)
 
 
 def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
-               suffixes: dict[str, str] | None = None, partial: bool = False) -> tuple[list[Pair], list[Problem]]:
+               suffixes: dict[str, str] | None = None, partial: bool = False,
+               share_scans: bool = False) -> tuple[list[Pair], list[Problem]]:
     """Return the pairs of a study, sorted by name, and all problems found.
 
-    data_root, exclude, suffixes: opt.data_root, opt.exclude and opt.bids_suffix.
+    data_root, exclude, suffixes, share_scans: as in opt.py (suffixes: opt.bids_suffix).
     partial: also return visits that lack a modality; otherwise each of them is a problem, which is not fatal.
     """
     try:
         if os.path.isdir(data_root):
-            visits, problems = _from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {}))
+            visits, problems = _from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {}), share_scans)
         else:
             visits, problems = _from_table(data_root, modalities, partial)
     except DataError as error:
         return [], list(error.problems)
+    names = {}  # a visit's name, or its person -> names of visits
+    for visit in visits:
+        for key in (visit.name, visit.person):
+            names.setdefault(key, set()).add(visit.name)
     excluded = set()
     for label in exclude:
-        names = {visit.name for visit in visits if label == visit.name or _canonical(label, "sub") == visit.person}
-        if not names:
+        if not (found := names.get(label) or names.get(_canonical(label, "sub"), set())):
             problems.append(Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it"))
-        excluded |= names
+        excluded |= found
     visits = sorted((visit for visit in visits if visit.name not in excluded), key=lambda visit: visit.name)
     pairs = [visit for visit in visits if partial or len(visit.files) == len(modalities)]
     problems = [problem for problem in problems if problem.subject not in excluded] + _conflicts(pairs)
@@ -74,8 +87,10 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
         return pairs, problems
     for visit in visits:
         if missing := [modality for modality in modalities if modality not in visit.files]:
-            problems.append(Problem(visit.name, f"left out because it has no {' and no '.join(missing)}", "if there is "
-                                    "such a file, give it the same subject and session", visit.name, fatal=False))
+            found = ", ".join(f"its {modality} is {file}" for modality, file in visit.files.items()) or "it has nothing"
+            problems.append(Problem(visit.name, f"left out because it has no {' and no '.join(missing)} ({found})",
+                                    "if there is such a file, give it the same subject and session", visit.name,
+                                    fatal=False))
     if not pairs and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))
@@ -84,18 +99,21 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
 
 def _conflicts(visits: list[Pair]) -> list[Problem]:
     """Names that cannot become file names, visits listed twice, and files used twice."""
-    listed, by_file, problems = {}, {}, []
+    listed, by_file, problems, real = {}, {}, [], functools.lru_cache(2**20)(os.path.realpath)
     for visit in visits:
-        if not re.fullmatch(r"[\w.+-]{1,100}", visit.name):
+        if not re.fullmatch(r"[\w.+-]+", visit.name) or len(os.fsencode(visit.name)) > MAX_NAME:
             problems.append(Problem(repr(visit.name), "subject and session become file names: only letters, digits and "
-                                    ". _ + - are allowed, 100 characters at most", "rename the subject", visit.name))
+                                    f". _ + - are allowed, {MAX_NAME} bytes at most (a letter takes 1 to 4)",
+                                    "rename the subject", visit.name))
         keys = (visit.person, _canonical(visit.session, "ses")), visit.name
         others = [listed.setdefault(key, visit) for key in keys]
         if other := next((other for other in others if other is not visit), None):
             problems.append(Problem(f"{visit.name} and {other.name}", "are the same visit of the same subject",
-                                    "keep only one of them, or fill the session column", visit.name))
+                                    "keep only one of them, or fill the session column; if they are two people, rename "
+                                    "one: case and zeros in front do not count", visit.name))
         for modality, file in visit.files.items():
-            owner, its_modality = by_file.setdefault(os.path.realpath(file), (visit, modality))
+            path = os.path.realpath(file) if os.path.islink(file) else f"{real(file.parent)}/{file.name}"
+            owner, its_modality = by_file.setdefault(path, (visit, modality))
             if owner.person != visit.person or its_modality != modality:
                 problems.append(Problem(str(file), f"is both the {its_modality} of {owner.name} and the {modality} of "
                                         f"{visit.name}", "correct one of the two paths", visit.name))
@@ -103,19 +121,22 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
 
 
 def _read_table(table: Path, delimiter: str = "") -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Return the column names and (line, column -> cell) of each row. Raises DataError."""
+    """Return the column names and (line, column -> cell) of each row; a cell of MISSING is empty. Raises DataError."""
     try:
-        text = table.read_text(encoding="utf-8-sig")
+        text = read_text(table)
         if "\0" in text:
             raise csv.Error("it contains a NUL character")
-        delimiter = delimiter or ("\t" if "\t" in text.partition("\n")[0] else ",")
-        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, restkey="", restval="", strict=True)
-        return [column.strip() for column in reader.fieldnames or ()], [
-            (reader.line_num, {column.strip(): cell.strip() for column, cell in row.items() if column})
-            for row in reader]
+        delimiter = delimiter or max(",\t;", key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
+        columns = [column.strip() for column in next(reader, [])]
+        return columns, [
+            (reader.line_num, {column: "" if cell.strip().casefold() in MISSING else cell.strip()
+                               for column, cell in zip(columns, cells)})
+            for cells in reader if any(map(str.strip, cells))]
     except (OSError, UnicodeError, csv.Error) as error:
-        raise DataError(Problem(str(table), f"cannot be read as a table ({error})",
-                                "set opt.data_root to a CSV or TSV file, or to the folder of a BIDS tree")) from error
+        raise DataError(Problem(str(table), f"cannot be read as a table ({getattr(error, 'strerror', None) or error})",
+                                "set opt.data_root to a CSV or TSV file in UTF-8, or to the folder of a BIDS tree")
+                        ) from error
 
 
 def _from_table(table: Path, modalities: tuple[str, str], partial: bool) -> tuple[list[Pair], list[Problem]]:
@@ -128,66 +149,114 @@ def _from_table(table: Path, modalities: tuple[str, str], partial: bool) -> tupl
     visits, problems = [], []
     for line, cells in rows:
         where, fold = f"{table} line {line}", cells.get("fold", "")
-        subject, _, session = cells["subject"].partition("_ses-")
+        subject, _, session = cells.get("subject", "").partition("_ses-")
         if not subject:
             problems.append(Problem(where, "left out because it names no subject", "fill it in", fatal=False))
             continue
-        files = {modality: table.parent / cells[modality] for modality in modalities if cells.get(modality)}
-        visits.append(Pair(subject, cells.get("session") or session, cells.get("group", ""),
+        files = {}
+        visits.append(Pair(f"sub-{subject.removeprefix('sub-')}",
+                           (cells.get("session") or session).removeprefix("ses-"), cells.get("group", ""),
                            int(fold) if fold.isdecimal() and fold.isascii() else None, files))
         if fold and visits[-1].fold is None:
             problems.append(Problem(where, f"fold {fold!r} is not 0, 1, 2, ...", "correct it", visits[-1].name))
+        for modality in modalities:
+            try:
+                if cells.get(modality):
+                    files[modality] = table.parent / expanded(cells[modality])
+            except ValueError as error:
+                problems.append(Problem(f"{where}, column {modality}", f"{cells[modality]!r}: {error}", "correct it",
+                                        visits[-1].name))
     return visits, problems
 
 
-def _from_bids(tree: Path, modalities: tuple[str, str], suffixes: dict[str, str]) -> tuple[list[Pair], list[Problem]]:
-    (files, problems), visits = _bids_files(tree), {}
+def _from_bids(tree: Path, modalities: tuple[str, str], suffixes: dict[str, str],
+               share_scans: bool) -> tuple[list[Pair], list[Problem]]:
+    (files, problems), subjects = _bids_files(tree), {}  # subject -> Sessions
     for file in files:
         matching = [modality for modality in modalities
                     if fnmatch.fnmatchcase(file.name.removesuffix(".gz"), f"*_{suffixes.get(modality, modality)}.nii")]
         subject, inside = file.relative_to(tree).parts[0], file.relative_to(tree).as_posix()
-        sessions = set(re.findall(r"(?:^|[/_])ses-([^/_]+)", inside))
+        sessions = {_canonical(label, "ses"): label for label in re.findall(r"(?:^|[/_])ses-([^/_]+)", inside)}
         if matching and (not file.name.startswith(f"{subject}_") or len(sessions) > 1):
             problems.append(Problem(inside, "its name and its folder give different subjects or sessions",
                                     "move or rename it", subject))
             continue
         for modality in matching:
-            first = visits.setdefault((subject, "".join(sessions)), {}).setdefault(modality, file)
-            if first is not file:
-                problems.append(Problem(inside, f"left out because {first.name} of the same visit is used",
+            key, label = next(iter(sessions.items()), ("", ""))
+            _, visit = subjects.setdefault(subject, {}).setdefault(key, (label, {}))
+            if visit.setdefault(modality, file) is not file:
+                problems.append(Problem(inside, f"left out because {visit[modality].name} of the same visit is used",
                                         "select one of them with opt.bids_suffix", subject, fatal=False))
-    groups = _read_groups(tree / "participants.tsv", {_canonical(subject, "sub") for subject, _ in visits}, problems)
+    groups = _read_groups(tree / "participants.tsv", {_canonical(subject, "sub") for subject in subjects}, problems)
+    for subject, sessions in subjects.items():
+        problems += _share_scans(subject, sessions, modalities, share_scans)
     return [Pair(subject, session, groups.get(_canonical(subject, "sub"), ""), None,
                  {modality: found[modality] for modality in modalities if modality in found})
-            for (subject, session), found in visits.items()], problems
+            for subject, sessions in subjects.items() for session, found in sessions.values()], problems
+
+
+def _share_scans(subject: str, sessions: Sessions, modalities: tuple[str, str], share_scans: bool) -> list[Problem]:
+    """Give a scan that lies above the sessions to those that lack it: to the only one, or to all if share_scans."""
+    _, above = sessions.get("", ("", {}))
+    if not above or len(sessions) == 1 or len(above) == len(modalities):  # both above: a visit of its own
+        return []
+    below = [session for key, session in sessions.items() if key]
+    modality, file = next(iter(above.items()))
+    lacking = [files for _, files in below if modality not in files]
+    if len(below) == 1 or share_scans:
+        del sessions[""]
+        for files in lacking:
+            files[modality] = file
+        return [] if lacking else [Problem(str(file), "left out because each session has its own", "remove one of them "
+                                           "if that is wrong", subject, fatal=False)]
+    return [Problem(str(file), f"the {modality} of {subject} is in none of its sessions "
+                    f"{', '.join(label for label, _ in below)}", "set opt.share_scans = True to give it to every "
+                    "session that has none, or use a table", subject, fatal=False)] if lacking else []
 
 
 def _bids_files(tree: Path) -> tuple[list[Path], list[Problem]]:
-    """All files below sub-*, also in linked folders, except hidden ones; each unreadable folder is a problem."""
-    def is_loop(path: Path) -> bool:
-        return path.is_symlink() and os.path.realpath(path) in map(os.path.realpath, path.parents)
+    """All files below sub-*, also in linked folders, except hidden ones, in natural order (run-2 before run-10); each
+    unreadable folder is a problem. A folder is visited once for each subject, however many links lead there."""
+    files, problems, visited = [], [], set()
 
-    files, errors = [], []
-    for subject in tree.glob("sub-*"):
-        for parent, folders, names in os.walk(subject, onerror=errors.append, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".") and not is_loop(Path(parent, name))]
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files), [Problem(error.filename, f"cannot be read ({error.strerror})",
-                                   "ask for permission, or exclude it", Path(error.filename).name)
-                           for error in errors if not isinstance(error, NotADirectoryError)]
+    def cannot_read(error: OSError) -> None:
+        problems.append(Problem(str(error.filename), f"cannot be read ({error.strerror})", "ask for permission, or "
+                                "exclude it", Path(error.filename).name))
+
+    for parent, folders, names in os.walk(tree, onerror=cannot_read, followlinks=True):
+        inside = Path(parent).relative_to(tree).parts
+        folders[:] = [name for name in sorted(folders) if name.startswith("sub-" if not inside else "")
+                      and not name.startswith(".")]
+        try:
+            status = os.stat(parent)
+        except OSError as error:
+            cannot_read(error)
+            continue
+        if (key := (inside[:1], status.st_dev, status.st_ino)) in visited:
+            folders.clear()
+            continue
+        visited.add(key)
+        files += [Path(parent, name) for name in names if inside and not name.startswith(".")]
+    return sorted(files, key=_natural), problems
+
+
+def _natural(path: Path) -> list[tuple]:
+    """A key that sorts numbers in a path by their value."""
+    return [tuple(int(word) if number % 2 else word for number, word in enumerate(re.split(r"([0-9]+)", part)))
+            for part in path.parts]
 
 
 def _read_groups(table: Path, people: set[str], problems: list[Problem]) -> dict[str, str]:
     """Read participants.tsv, where there is one: person -> group."""
     try:
-        columns, rows = _read_table(table, "\t") if os.path.exists(table) else ([], [])
+        columns, rows = _read_table(table, "\t") if os.path.lexists(table) else ([], [])
     except DataError as error:
         problems += [dataclasses.replace(problem, remedy="fix it; until then all groups are unknown", fatal=False)
                      for problem in error.problems]
         return {}
     groups = {_canonical(cells["participant_id"], "sub"): cells.get("group", "") for _, cells in rows
               if cells.get("participant_id")}
-    lost = any(groups.values()) and not any(groups.get(person) for person in people)
+    lost = "group" in columns and people.isdisjoint(groups)
     if rows and people and (lost or "participant_id" not in columns):
         problems.append(Problem(str(table), "its groups belong to none of the subjects", "compare its tab-separated "
                                 "column participant_id with the names of the folders", fatal=False))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from utils.errors import UserError
 
+SHOWN = 30  # problems in one message
 SMALLEST_AXIS = 11  # voxels: the Gaussian window of SSIM (sigma 1.5, truncated at 3.5 sigma) must fit into a volume
 
 
@@ -25,7 +26,10 @@ class DataError(UserError):
     """A study, or one of its files, cannot be used for the reasons in `problems`."""
 
     def __init__(self, *problems: Problem):
-        super().__init__("\n".join(map(str, problems)))
+        lines = [f"{'' if problem.fatal else 'note: '}{problem}" for problem in problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"and {len(problems) - SHOWN} more: python main.py --check lists all")
+        super().__init__("\n".join(lines))
         self.problems = problems
 
 
@@ -37,7 +41,16 @@ class VolumeError(DataError):
 
 
 def raise_if_fatal(problems: list[Problem]) -> list[Problem]:
-    """Raise one DataError for all fatal problems; returns the others."""
-    if fatal := [problem for problem in problems if problem.fatal]:
-        raise DataError(*fatal)
+    """Raise one DataError if any problem is fatal: these first, then the others, which may explain them."""
+    if any(problem.fatal for problem in problems):
+        raise DataError(*sorted(problems, key=lambda problem: not problem.fatal))
     return problems
+
+
+def print_notes(problems: list[Problem]) -> None:
+    """A line for all problems of a kind."""
+    kinds = {}
+    for problem in problems:
+        kinds.setdefault((problem.what, problem.remedy), []).append(problem.where)
+    for (what, remedy), where in kinds.items():
+        print(f"note: {', '.join(where)}: {what}; {remedy}")

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
 from data.atlas import LabelImage, pattern_mask, roi_centres
-from data.cache import Reading, cached_volume, identical_scans, load_volume
+from data.cache import Reading, cached_volume, doubts, identical_scans, load_volume
 from data.demo import COMPLETE, DEMO_ROOT, write_demo
 from data.grids import spacing_of
 from data.pairs import Pair, find_pairs
-from data.problems import Problem, raise_if_fatal
+from data.problems import Problem, print_notes, raise_if_fatal
 from data.split import split_subjects
 from utils.errors import UserError
 from utils.files import remove_temporary_files
@@ -43,11 +43,10 @@ class Study:
                 self._files[modality].append(file)
                 self.ranges[modality].append((metadata["low"], metadata["high"]))
                 self.affines[modality].append(np.array(metadata["affine"]))
-                scans.append((pair.name, pair.files[modality], metadata["scan"], metadata["content"]))
+                scans.append((pair, modality, metadata["scan"], metadata["content"]))
                 affine = np.round(metadata["affine"], 3) + 0.0  # no negative zeros: they would hash differently
                 data_hash.update(f"{pair.name} {modality} {metadata['content']} {affine.tolist()}".encode())
-                if metadata["repaired"]:
-                    self.problems.append(repaired_voxels(pair, modality, metadata["repaired"]))
+                self.problems += doubts(pair, modality, metadata["doubts"])
         raise_if_fatal(identical_scans(scans))
         self.fingerprint = data_hash.hexdigest()
         self.split = {role: [pairs[i].name for i in members] for role, members in roles.items()}
@@ -131,11 +130,6 @@ class Study:
         return tuple(np.median([self.ranges[modality][i] for i in self.roles["train"]], axis=0).tolist())
 
 
-def repaired_voxels(pair: Pair, modality: str, count: int) -> Problem:
-    return Problem(str(pair.files[modality]), f"{count} voxels were NaN or infinite",
-                   "they became the smallest finite value; look at the volume", pair.name, fatal=False)
-
-
 def steps_per_epoch(positions: list[int], batch_size: int) -> int:
     return math.ceil(len(positions) / batch_size)
 
@@ -154,7 +148,8 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
         print(f"Writing the demo data set to {root} ...")
         remove_temporary_files(root)  # of a process that was killed
         write_demo(root)
-    pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix)
+    pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix,
+                                 share_scans=opt.share_scans)
     try:
         sizes = opt.image_sizes()
     except UserError as error:  # only with --check, which suggests sizes: otherwise opt.validate refuses them
@@ -171,8 +166,7 @@ def read_study(opt) -> Study:
     warnings = raise_if_fatal(problems)
     roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
     study = Study(pairs, roles, readings, align(opt, pairs), Path(opt.cache_dir))
-    for warning in warnings + study.problems:
-        print(f"note: {warning}")
+    print_notes(warnings + study.problems)
     study.set_pattern(opt)
     if opt.pattern_weight and not all(study.has_pattern):
         print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs are not known to be in MNI space, as the "

@@ -7,6 +7,7 @@ its end, because a truncated or damaged .nii.gz opens without an error and shows
 import contextlib
 import gzip
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,22 +20,42 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from data.grids import onto_grid
 from data.problems import VolumeError
-from utils.files import replace_file
+from utils.files import open_regular, read_text, replace_file
+from utils.stop import interruptible
 
 B0_LIMIT = 50.0  # s/mm^2: time points with b-values up to this are b0
 MAX_VOXELS = 2**27  # of one time point (512 x 512 x 512): a larger one does not fit this method or the memory
 MAX_OTHER_BYTES = 2**24  # before the voxels, header extensions included, or after them
+CHUNK = 2**26  # bytes that are read between two looks at a stop request
 MAX_GZIP_RATIO = 1100  # deflate reaches 1032
 MAX_COORDINATE = 1e5  # mm
 TINY = 1e-9  # mm^3: the volume of a voxel
 LONG_QUATERNION = 1e-4  # by how much the length of a quaternion may be above 1
+LARGEST = 1e15  # a larger voxel counts as infinite: sums of squares of such numbers do not fit into float32
+LARGEST_IN_MS = 10  # b-values of up to this in a whole file are probably in ms/um^2
+MAX_B_VALUES = 2**20  # bytes of a .bval file
 FREE_TEXT = {"descrip", "aux_file", "intent_name", "db_name"}
 NOT_MM = {1: "metres", 3: "micrometres"}
 VOXEL_TYPES = {code for code in nib.nifti1.data_type_codes.value_set("code")
                if nib.nifti1.data_type_codes.dtype[code].itemsize}  # that can be read here
+REPLACE = "download or convert the file again"
+FETCH = "fetch the image with datalad get or git annex get"
+CONVERT = "convert it to .nii.gz"
+FORMATS = (  # first byte, bytes, what, remedy
+    (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the image with git lfs pull"),
+    (0, b"/annex/objects/", "a git-annex pointer", FETCH), (0, b"../.git/annex/", "a git-annex pointer", FETCH),
+    (0, b".git/annex/", "a git-annex pointer", FETCH),
+    (0, b"<", "a web page or XML", REPLACE), (0, b"{", "JSON", "give the image beside it"),
+    (0, b"\x89PNG", "a PNG picture", REPLACE), (0, b"\xff\xd8\xff", "a JPEG picture", REPLACE),
+    (0, b"%PDF", "a PDF", REPLACE), (128, b"DICM", "DICOM", "convert it to .nii.gz with dcm2niix"),
+    (0, b"\x89HDF", "HDF5 (or MINC)", CONVERT), (0, b"CDF", "NetCDF (or MINC)", CONVERT), (0, b"NRRD", "NRRD", CONVERT),
+    (0, b"MATLAB", "a MATLAB file", CONVERT), (0, b"PK\x03\x04", "a zip archive", "unpack it"),
+    (0, b"BZh", "packed by bzip2", "unpack it, and pack it by gzip"),
+    (0, b"\xfd7zXZ", "packed by xz", "unpack it, and pack it by gzip"),
+    (0, b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it, and pack it by gzip"),
+    (257, b"ustar", "a tar archive", "unpack it"))
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, OverflowError, zlib.error, nib.spatialimages.HeaderDataError,
               nib.orientations.OrientationError)
-REPLACE = "download or convert the file again"
 
 
 @dataclass(frozen=True)
@@ -43,10 +64,9 @@ class Scan:
 
     voxels: np.ndarray  # (X, Y, Z) float32
     affine: np.ndarray  # (4, 4), voxel -> mm
-    repaired: int = 0  # number of voxels that were NaN or infinite
     orientation: str = "RAS"  # axis codes of the file; "?" if its header has neither sform nor qform
-    conflict: str = ""  # axis codes of sform and qform, where they differ
     time_points: int = 1
+    doubts: tuple[tuple[str, str], ...] = ()  # what may be wrong with the file, and the remedy
 
 
 def read_volume(path: Path, reduce: str = "mean") -> Scan:
@@ -54,27 +74,38 @@ def read_volume(path: Path, reduce: str = "mean") -> Scan:
 
     reduce: what a 4-D file becomes: "mean" or "std" over time, "first" time point, or the mean over the time points
     with b <= 50 s/mm^2 ("b0") or above ("shell") in the .bval file next to the image. Only one of them is in memory at
-    a time. NaN and infinite voxels become the smallest finite value and are counted. Raises VolumeError.
+    a time. Voxels that are NaN, infinite or beyond LARGEST become the smallest finite value and are counted. Raises
+    VolumeError, and Interrupted once a stop is requested.
     """
     with _opened(path) as (stream, image, end):
         orientation = nib.io_orientation(image.affine)
-        voxels = _read_voxels(path, image, reduce)
-        position, trailing = stream.seek(end), stream.read(MAX_OTHER_BYTES + 1)  # gzip checks its CRC at the end
+        times, doubts = _time_points(path, math.prod(image.shape[3:]), reduce)
+        voxels = _read_voxels(image, times, reduce)
+        for position in interruptible((*range(stream.tell(), end, CHUNK), end)):
+            position = stream.seek(position)  # gzip reads up to there, and checks its CRC at the end
+        trailing = stream.read(MAX_OTHER_BYTES + 1)
         _refuse(path, (position < end, f"is truncated: its header announces {end} bytes", REPLACE),
                 (len(trailing) > MAX_OTHER_BYTES, f"continues after the {end} bytes of its image", REPLACE))
-    invalid = ~np.isfinite(voxels)
+    invalid = ~(np.abs(voxels) < LARGEST)  # NaN, too
     _refuse(path, (invalid.all(), "has no finite voxel", "repair the file, or exclude the subject (opt.exclude)"))
     if invalid.any():
         voxels = np.where(invalid, voxels[~invalid].min(), voxels)
+        doubts.append((f"{invalid.sum()} voxels were NaN, infinite or beyond {LARGEST:g}",
+                       "they became the smallest finite value; look at the volume"))
     codes = {}  # the first one holds; the other one may be nonsense
     for name in ("sform", "qform"):
         with contextlib.suppress(ValueError):
             if image.header[f"{name}_code"]:
                 codes[name] = "".join(code or "?" for code in nib.aff2axcodes(getattr(image.header, f"get_{name}")()))
-    conflict = " and ".join(f"{name} {code}" for name, code in codes.items()) if len({*codes.values()}) > 1 else ""
-    voxels = np.ascontiguousarray(nib.apply_orientation(voxels, orientation))
-    return Scan(voxels, ras_grid(image)[0], int(invalid.sum()),
-                next(iter(codes.values()), "?"), conflict, math.prod(image.shape[3:]))
+    if not codes:
+        doubts.append(("its header gives no orientation",
+                       "NIfTI's default is used; check that left and right are correct"))
+    elif len({*codes.values()}) > 1:
+        found = " and ".join(f"{name} {code}" for name, code in codes.items())
+        doubts.append((f"its header gives two orientations: {found}",
+                       "the sform is used; check that left and right are correct"))
+    return Scan(np.ascontiguousarray(nib.apply_orientation(voxels, orientation)), ras_grid(image)[0],
+                next(iter(codes.values()), "?"), math.prod(image.shape[3:]), tuple(doubts))
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
@@ -100,14 +131,18 @@ def ras_grid(image: nib.Nifti1Image) -> tuple[np.ndarray, tuple[int, int, int]]:
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, nib.Nifti1Image, int]]:
     """As `_open_image`; whatever goes wrong with a file is a VolumeError."""
     try:
-        _refuse(path, (not path.is_file(), "no such file", "correct its path, or fetch its content (datalad get)"))
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             yield _open_image(path, file)
     except VolumeError:
         raise
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise VolumeError(path, f"is a link to {os.readlink(path)}, which is not there", FETCH) from error
+        raise VolumeError(path, "no such file", "correct its path") from error
     except UNREADABLE as error:
         remedy = "check its permissions" if isinstance(error, PermissionError) else REPLACE
-        raise VolumeError(path, f"cannot be read ({' '.join(str(error).split())})", remedy) from error
+        cause = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise VolumeError(path, f"cannot be read ({cause})", remedy) from error
 
 
 def _refuse(path: Path, *checks: tuple[bool, str, str]) -> None:
@@ -119,16 +154,15 @@ def _refuse(path: Path, *checks: tuple[bool, str, str]) -> None:
 
 def _open_image(path: Path, file: BinaryIO) -> tuple[BinaryIO, nib.Nifti1Image, int]:
     """Check name, first bytes and header; returns the uncompressed stream, its image, and the end of the voxels."""
-    start, name = file.read(64), path.name.lower()
+    start, name = file.read(540), path.name.lower()
     gzipped, file_size = start.startswith(b"\x1f\x8b"), file.seek(0, 2)
-    _refuse(path, (not start, "is empty", REPLACE),
-            (start.startswith(b"version https://git-lfs"), "is a Git LFS pointer", "fetch the image with git lfs pull"),
-            (start.lstrip()[:1] == b"<", "is a web page or XML, not an image", REPLACE),
+    _refuse(path, (not start, "is empty", REPLACE), *_other_formats(start),
             (gzipped != name.endswith(".gz"), f"is {'' if gzipped else 'not '}compressed by gzip, unlike its name says",
              "rename it if it is NIfTI, otherwise convert it to .nii.gz"))
     file.seek(0)
     stream = gzip.GzipFile(fileobj=file) if gzipped else file
     start = stream.read(540)
+    _refuse(path, *_other_formats(start))
     classes = [c for c in (nib.Nifti1Image, nib.Nifti2Image) if c.header_class.may_contain_header(start)]
     _refuse(path, (not (classes and name.endswith((".nii", ".nii.gz"))), "is not NIfTI", "convert it to .nii.gz"))
     image_class, = classes
@@ -156,6 +190,12 @@ def _open_image(path: Path, file: BinaryIO) -> tuple[BinaryIO, nib.Nifti1Image, 
     return stream, image_class(nib.arrayproxy.ArrayProxy(stream, header, mmap=False), affine, header), int(end)
 
 
+def _other_formats(start: bytes) -> list[tuple[bool, str, str]]:
+    """Whether a file that starts so is one of FORMATS, for `_refuse`."""
+    return [((start if at else start.lstrip()).startswith(magic, at), f"is {what}, not NIfTI", remedy)
+            for at, magic, what, remedy in FORMATS]
+
+
 def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     """The affine (4, 4) of a header, which is mended where other programs read it all the same. Raises VolumeError."""
     if header["qform_code"] and not _is_invertible(header.get_sform()):
@@ -179,30 +219,39 @@ def _is_invertible(affine: np.ndarray) -> bool:
     return bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) >= TINY
 
 
-def _read_voxels(path: Path, image: nib.Nifti1Image, reduce: str) -> np.ndarray:
-    """Voxels (X, Y, Z), float32, in the order of the file; time points are reduced to one."""
-    count = math.prod(image.shape[3:])
-    times = list(range(1 if reduce == "first" else count))
-    if count > 1 and reduce in ("b0", "shell"):
-        file, remedy = b_values_file(path), "give one b-value per time point, or set opt.reduce to mean, std or first"
-        try:
-            values = np.array(file.read_text().replace(",", " ").split(), dtype=np.float64)  # s/mm^2
-        except (ValueError, OSError) as error:
-            raise VolumeError(file, f"cannot be read as b-values ({error})", remedy) from error
-        finite = int(np.isfinite(values).sum())
-        times = np.flatnonzero((values > B0_LIMIT) == (reduce == "shell")).tolist()
-        _refuse(file, (not len(values) == finite == count, f"has {finite} b-values for {count} time points", remedy),
-                (not times, f"has no {reduce} time point", remedy))
-    points = (np.asarray(image.dataobj[(..., t, 0, 0, 0)[:image.ndim - 2]], dtype=np.float32) for t in times)
-    if len(times) == 1:
-        return next(points)
-    mean = squares = 0.0  # running mean and sum of squared deviations, float64 (Welford 1962)
-    for number, point in enumerate(points, start=1):
-        deviation = point.astype(np.float64) - mean
-        mean = mean + deviation / number
-        if reduce == "std":
-            squares = squares + deviation * (point - mean)
-    return (np.sqrt(squares / count) if reduce == "std" else mean).astype(np.float32)
+def _time_points(path: Path, count: int, reduce: str) -> tuple[list[int], list[tuple[str, str]]]:
+    """Which of `count` time points opt.reduce takes, and doubts as in Scan. Raises VolumeError."""
+    if count == 1 or reduce not in ("b0", "shell"):
+        return list(range(1 if reduce == "first" else count)), []
+    file, remedy = b_values_file(path), "give one b-value per time point, or set opt.reduce to mean, std or first"
+    try:
+        values = np.array(read_text(file, MAX_B_VALUES).replace(",", " ").split(), dtype=np.float64)  # s/mm^2
+    except (ValueError, OSError) as error:
+        raise VolumeError(file, f"cannot be read as b-values ({error})", remedy) from error
+    finite, largest = int(np.isfinite(values).sum()), values.max(initial=0)
+    times = np.flatnonzero((values > B0_LIMIT) == (reduce == "shell")).tolist()
+    _refuse(file, (not len(values) == finite == count, f"has {finite} b-values for {count} time points", remedy),
+            (not times, f"has no {reduce} time point, its b-values go up to {largest:g}", "give them in s/mm^2, or set "
+             "opt.reduce to mean, std or first"))
+    in_ms = 0 < largest <= LARGEST_IN_MS and len({*values.tolist()}) > 1
+    return times, int(in_ms) * [(f"the b-values beside it go up to {largest:g} only, so all time points count as b0",
+                            "give them in s/mm^2: 1000, not 1")]
+
+
+def _read_voxels(image: nib.Nifti1Image, times: list[int], reduce: str) -> np.ndarray:
+    """Voxels (X, Y, Z), float32, in the order of the file; these time points are reduced to one."""
+    points = (np.asarray(image.dataobj[(..., t, 0, 0, 0)[:image.ndim - 2]], dtype=np.float32)
+              for t in interruptible(times))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is counted
+        if len(times) == 1:
+            return next(points)
+        mean = squares = 0.0  # running mean and sum of squared deviations, float64 (Welford 1962)
+        for number, point in enumerate(points, start=1):
+            deviation = point.astype(np.float64) - mean
+            mean = mean + deviation / number
+            if reduce == "std":
+                squares = squares + deviation * (point - mean)
+        return (np.sqrt(squares / len(times)) if reduce == "std" else mean).astype(np.float32)
 
 
 def b_values_file(path: Path) -> Path:

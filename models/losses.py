@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import pickle
-import struct
 from pathlib import Path
 
 import torch
@@ -12,7 +10,9 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from utils.errors import UserError
+from utils.files import open_regular
 from utils.metrics import SSIM_RADIUS, SSIM_SIGMA
+from utils.tensors import UNREADABLE, load_weights, one_line, read_tensors
 
 SSIM_C1, SSIM_C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # for a data range of 2
 VGG16_URL = VGG16_Weights.IMAGENET1K_V1.url
@@ -79,19 +79,16 @@ def x0_error(x0: Tensor, truth: Tensor) -> Tensor:
 class PerceptualLoss(nn.Module):
     """Relative distance of VGG16 features of the mean projections of two volumes (B, 1, X, Y, Z) in [-1, 1].
 
-    weights: a state dict of torchvision's VGG16, of which only "features..." is used; all is frozen. Raises
-    RuntimeError where the weights do not fit or are not finite.
+    weights: a state dict of torchvision's VGG16, of which only "features..." is used; all is frozen. Raises one of
+    UNFIT (utils/tensors.py) where the weights do not fit or are not finite.
     """
 
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__()
         with torch.device("meta"):
-            self.features = vgg16(weights=None).features[:VGG16_LAYERS[-1] + 1]
-        names = {name: f"features.{name}" for name in self.features.state_dict()}
-        self.features.load_state_dict({name: weights[key].float() for name, key in names.items() if key in weights},
-                                      assign=True)
-        if not all(each.isfinite().all() for each in self.features.state_dict().values()):
-            raise RuntimeError("some values are not finite")
+            features = vgg16(weights=None).features[:VGG16_LAYERS[-1] + 1]
+        self.features = features.to_empty(device="cpu")
+        load_weights(self.features, {name: weights[f"features.{name}"] for name in features.state_dict()})
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -117,7 +114,7 @@ def load_perceptual_loss(file: str, download: bool) -> PerceptualLoss | None:
     Prints a note and returns None where there are none; with `download` they are fetched first. Raises UserError.
     """
     name = VGG16_URL.rsplit("/", 1)[1]  # vgg16-HASH.pth
-    path = Path(file).expanduser() if file else Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(file) if file else Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
         if not file and not os.path.exists(path):  # False where the cache cannot even be looked at
             if not download:
@@ -125,11 +122,12 @@ def load_perceptual_loss(file: str, download: bool) -> PerceptualLoss | None:
                       "torchvision's file there, name one in opt.vgg_weights, or set opt.vgg_download = True")
                 return None
             torch.hub.load_state_dict_from_url(VGG16_URL, map_location="cpu", check_hash=True, weights_only=True)
-        if not file and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rsplit("-", 1)[1]):
-            raise ValueError("damaged: its hash is not the one in its name")
-        return PerceptualLoss(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, AttributeError, TypeError,
-            ValueError, AssertionError, LookupError) as error:  # what torch.load and a wrong state dict raise
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise UserError(f"{path}: cannot be used as the weights of torchvision's VGG16 ({reason}). Put the file of "
-                        f"{VGG16_URL} there, name it in opt.vgg_weights, or set opt.perceptual_weight = 0") from error
+        if not file:
+            with open_regular(path) as weights:
+                if not hashlib.sha256(weights.read()).hexdigest().startswith(path.stem.rsplit("-", 1)[1]):
+                    raise ValueError("damaged: its hash is not the one in its name")
+        return PerceptualLoss(read_tensors(path, "a state dict"))
+    except UNREADABLE as error:
+        raise UserError(f"{path}: cannot be used as the weights of torchvision's VGG16 ({one_line(error)}). Put the "
+                        f"file of {VGG16_URL} there, name it in opt.vgg_weights, or set opt.perceptual_weight = 0"
+                        ) from error

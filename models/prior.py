@@ -11,6 +11,7 @@ from models.samplers import Denoiser, Sampling, ddim, dpmpp, timestep_spacing
 from models.translator import Translator, known
 from models.unet import DualModalUNet, NetworkConfig
 from utils.stop import Interrupted, stop
+from utils.tensors import build
 
 EXPECTED_WEIGHT = 4.0  # in the loss (docs/measurements.md)
 
@@ -33,10 +34,11 @@ class Prior:
 
     @classmethod
     def from_checkpoint(cls, state: dict, device: torch.device, dtype: torch.dtype) -> "Prior":
-        """The frozen EMA model of a stage-1 checkpoint's content. Raises RuntimeError where its weights do not fit."""
+        """The frozen EMA model of a stage-1 checkpoint's content. Raises one of UNFIT (utils/tensors.py) where its
+        weights do not fit."""
         groups, options = tuple(state.get("groups", ())), state["options"]
-        network = DualModalUNet(state["sizes"], NetworkConfig(**state["network"]), len(groups))
-        network.load_state_dict(state["ema"]["model"])
+        network = build(lambda: DualModalUNet(state["sizes"], NetworkConfig(**state["network"]), len(groups)),
+                        state["ema"]["model"])
         return cls(network.to(device).eval().requires_grad_(False),
                    Diffusion(options["timesteps"], options["prediction"]), options["timestep_coupling"],
                    network.sizes, device, dtype, groups)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.pairs import Pair
 from data.volumes import read_header, save_image, write_volume
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import open_regular, read_json, write_text
 
 # datatype, task, suffix: in derivatives, BIDS names a single functional or diffusion volume only as a reference volume
 DATATYPES = {"fmri": ("func", "task-synth", "sbref"), "dmri": ("dwi", "", "sbref")}
@@ -73,7 +73,7 @@ def read_sidecars(folder: Path, description: str = "synth") -> Iterator[tuple[Pa
 def read_sidecar(path: Path) -> dict:
     """The content of a volume's sidecar; empty unless both are there and undamaged."""
     try:
-        sidecar = json.loads(path.with_suffix("").with_suffix(".json").read_text())
+        sidecar = read_json(path.with_suffix("").with_suffix(".json"))
         return sidecar if sidecar.pop("Checksum") == _checksum(path, sidecar) else {}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return {}
@@ -92,7 +92,13 @@ def is_complete(path: Path, provenance: dict) -> bool:
 
 def write(path: Path, volume: np.ndarray, affine: np.ndarray, frame: Path | None = None, like: Path | None = None,
           **sidecar: object) -> None:
-    """Write a volume (X, Y, Z) in the frame of a file, or on its own grid with the codes of `like`, and its sidecar."""
+    """Write a volume (X, Y, Z) in the frame of a file, or on its own grid with the codes of `like`, and its sidecar.
+
+    Raises UserError, VolumeError.
+    """
+    if not np.isfinite(volume).all():
+        raise UserError(f"{path}: the model makes values that are not finite; it is not written. Use another "
+                        'opt.resume_path, or opt.precision = "fp32"')
     if frame:
         write_volume(path, volume, affine, frame)
     else:
@@ -109,4 +115,5 @@ def write(path: Path, volume: np.ndarray, affine: np.ndarray, frame: Path | None
 
 
 def _checksum(path: Path, sidecar: dict) -> str:
-    return hashlib.sha256(path.read_bytes() + json.dumps(sidecar, sort_keys=True).encode()).hexdigest()
+    with open_regular(path) as volume:
+        return hashlib.sha256(volume.read() + json.dumps(sidecar, sort_keys=True).encode()).hexdigest()

@@ -15,9 +15,10 @@ from models.diffusion import Purpose
 from models.prior import Prior
 from models.samplers import Sampling
 from models.translator import Translator
-from training.checkpoint import STAGE_1, STAGE_2, UNFIT, content_hash, read_checkpoint
+from training.checkpoint import STAGE_1, STAGE_2, content_hash, read_checkpoint
 from training.launch import compute_dtype
 from utils.errors import UserError
+from utils.tensors import UNFIT, load_weights
 
 # Gaussian (sigma) over which the variance of K samples is averaged: that of one voxel is known to 1 / sqrt(2 K) only.
 # Demo, validation subjects, K = 16: rank correlation with the error 0.38 / 0.29 in stage 1, without it 0.36 / 0.21
@@ -103,7 +104,7 @@ def open_model(opt, device: torch.device) -> TrainedModel:
         refiner = None
         if stage == STAGE_2:  # the same network, trained on
             refiner = Translator(copy.deepcopy(prior.network), prior.diffusion.timesteps)
-            refiner.load_state_dict(state["ema"]["model"])
+            load_weights(refiner, state["ema"]["model"])
         readings = {modality: Reading(modality, tuple(size), trained["reduce"][modality], trained["resize"],
                                       trained["intensity"][modality]) for modality, size in state["sizes"].items()}
         ranges, affines = state["ranges"], {name: np.array(affine, float) for name, affine in state["affines"].items()}

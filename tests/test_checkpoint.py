@@ -1,5 +1,6 @@
 """Checkpoints: what is refused, and what is noticed. What comes back: test_recovery.py."""
 
+import dataclasses
 import errno
 import math
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.kills import identical
+from data.alignment import Alignment
+from opt import small
 from tests.conftest import weights
 from training.checkpoint import STAGE_1, STAGE_2, Checkpoint, content_hash, read_checkpoint
 from training.ema import EMA
@@ -19,8 +22,10 @@ from utils.errors import UserError
 
 def new_run(folder: Path, **changes) -> Checkpoint:
     model = nn.Linear(2, 2)
-    metadata = {"sizes": {}, "network": {}, "ranges": {}, "affines": {}, "alignment": {},
-                "options": {"a": (1, 2), "b": 3}, "fingerprints": {"data": "x"}, **changes}
+    each, options = ("fmri", "dmri"), small().resolved() | changes.pop("options", {})
+    metadata = {"options": options, "fingerprints": {"data": "x"}, "ranges": dict.fromkeys(each, (0.0, 1.0)),
+                "affines": dict.fromkeys(each, np.eye(4).tolist()), "alignment": dataclasses.asdict(Alignment()),
+                **changes}
     return Checkpoint(STAGE_1, folder, {"model": model, "ema": EMA(model, 0.9)}, metadata, math.inf)
 
 
@@ -35,7 +40,8 @@ def test_another_stage_version_or_program_is_refused(run, tmp_path):
     saved, other = weights(run.last), tmp_path / "other.pth"
     for content, message in ((saved, "is a checkpoint of stage 1, but stage 2 is needed"), ([1], "of this version"),
                              ({**saved, "format": 1}, "is not a checkpoint of this version"),
-                             ({**saved, "stage": STAGE_2, "step": "x"}, "without step, backbone")):
+                             ({**saved, "stage": STAGE_2, "step": "x"}, "step = 'x': must be a count"),
+                             ({**saved, "stage": STAGE_2}, "it has no backbone")):
         torch.save(content, other)
         with pytest.raises(UserError, match=message):
             read_checkpoint(other, (STAGE_2,))
@@ -50,11 +56,11 @@ def test_another_stage_version_or_program_is_refused(run, tmp_path):
 def test_another_run_is_refused_with_all_differences_and_left_alone(run, tmp_path):
     before = run.last.read_bytes()
     with pytest.raises(UserError) as refusal:
-        new_run(tmp_path, options={"a": (1, 3), "b": 9, "new": 4}, fingerprints={"data": "y"}).resume(None, {"b"})
-    for words in ("a: (1, 2) there, (1, 3) now", "new: 'no such setting' there", "the data: not the same"):
+        new_run(tmp_path, options={"augment": ("flip",), "seed": 9}, fingerprints={"data": "y"}).resume(None, {"seed"})
+    for words in ("augment: () there, ('flip',) now", "the data: not the same"):
         assert words in str(refusal.value)
-    assert "b:" not in str(refusal.value) and run.last.read_bytes() == before
-    assert new_run(tmp_path, options={"a": [1, 2], "b": 9}).resume(None, {"b"})  # a list equals a tuple
+    assert "seed:" not in str(refusal.value) and run.last.read_bytes() == before
+    assert new_run(tmp_path, options={"augment": [], "seed": 9}).resume(None, {"seed"})  # a list equals a tuple
     stranger = new_run(tmp_path)  # another run_id, and other weights
     assert content_hash(stranger.parts["model"]) != content_hash(run.parts["model"])
     stranger.save(stranger.best)
@@ -64,7 +70,7 @@ def test_another_run_is_refused_with_all_differences_and_left_alone(run, tmp_pat
 
 def test_a_flipped_bit_is_noticed_or_harmless(run):
     path, random, noticed = run.last, np.random.default_rng(0), 0
-    content, expected = path.read_bytes(), weights(path)
+    content, expected = path.read_bytes(), read_checkpoint(path, (STAGE_1,))
     for bit in random.integers(0, 8 * len(content), 300):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << (bit % 8)

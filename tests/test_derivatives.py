@@ -18,7 +18,7 @@ def pair(subject: str, session: str = "") -> Pair:
 
 
 def test_volumes_have_bids_names_and_clashes_are_refused():
-    assert volume_path(Path(), pair("sub-A_1", "ses-2"), "fmri") \
+    assert volume_path(Path(), pair("sub-A_1", "2"), "fmri") \
         == Path("sub-A1/ses-2/func/sub-A1_ses-2_task-synth_desc-synth_sbref.nii.gz")
     assert volume_path(Path(), pair("1"), "t1", "std") == Path("sub-1/anat/sub-1_desc-std_T1w.nii.gz")
     refuse_name_clashes(Path(), [pair("a1"), pair("a1", "2"), pair("a2")])

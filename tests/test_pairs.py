@@ -72,7 +72,7 @@ def test_a_visit_without_one_modality_is_listed_and_left_out(tree, tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("subject,fmri,dmri\nsub-1,a,b\nsub-01,c,d\n", "same visit"),
     ("subject,session,fmri,dmri\n1,1,a,b\n1,ses-01,c,d\n", "same visit"),
-    ("subject,fmri,dmri\nA07,a,b\nsub-a7,c,d\n", "same visit"),
+    ("subject,fmri,dmri\nA7,a,b\nsub-a7,c,d\n", "same visit"),
     ("subject,fmri,dmri\nsub1,a,b\nsub-sub1,c,d\n", "same visit"),
     ("subject,session,fmri,dmri\nsub-01_ses-1,,a,b\nsub-01,1,c,d\n", "same visit"),
     ("subject,fmri,dmri\n1,a,b\n2,a,d\n", "is both the fmri of sub-1 and the fmri of sub-2"),
@@ -82,7 +82,7 @@ def test_a_visit_without_one_modality_is_listed_and_left_out(tree, tmp_path):
     ("subject,fmri,dmri\n1,a,\n", "no subject has both"),
     ("", "needs one column subject"),
     ("subject,fmri,dmri,fold\n1,a,b,x\n", "fold 'x' is not 0, 1"),
-    ("subject;fmri;dmri\n1;a;b\n", "separated by commas or tabs"),
+    ("subject|fmri|dmri\n1|a|b\n", "separated by commas or tabs"),
     ("subject,fmri,dmri,fmri\n1,a,b,c\n", "needs one column fmri"),
     ("subject,fmri,dmri,group\n1,a,b,\"MCI\n2,c,d,NC\n", "cannot be read as a table"),
     ("subject,fmri,dmri\n1,a\0,b\n", "NUL"),

@@ -93,12 +93,13 @@ def test_paths_that_cannot_be_opened_are_refused(tmp_path, monkeypatch):
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "annex/key")
     (tmp_path / "folder.nii.gz").mkdir()
     os.mkfifo(tmp_path / "fifo.nii.gz")
-    for name in ("link.nii.gz", "folder.nii.gz", "fifo.nii.gz", "absent.nii.gz"):
-        refused(tmp_path / name, "no such file.*datalad get")
+    refused(tmp_path / "link.nii.gz", "is a link to .*annex/key, which is not there; fetch the image with datalad get")
+    for name, what in (("folder", "not a regular file"), ("fifo", "not a regular file"), ("absent", "no such file")):
+        refused(tmp_path / f"{name}.nii.gz", what)
     refused(tmp_path / ("x" * 400), "too long|no such file")
     path = save(tmp_path / "x.nii", ball(4, 4, 4))
     denied = Mock(side_effect=PermissionError(13, "Permission denied"))  # the tests may run as root
-    monkeypatch.setattr("data.volumes.open", denied, raising=False)
+    monkeypatch.setattr("data.volumes.open_regular", denied)
     refused(path, r"cannot be read \(.*Permission denied\); check its permissions")
 
 
@@ -151,10 +152,10 @@ def test_voxels_that_are_not_finite_are_repaired_and_counted(tmp_path, bad):
         voxels.ravel()[:count] = bad
         path = save(tmp_path / f"{count}.nii", voxels)
         scan = read_volume(path)
-        assert scan.repaired == count and np.isfinite(scan.voxels).all()
+        assert scan.doubts[0][0].startswith(f"{count} voxels were NaN") and np.isfinite(scan.voxels).all()
         assert scan.voxels[0, 0, 0] == scan.voxels.min() == voxels[np.isfinite(voxels)].min()
         trained, metadata = decoded(path, Reading("fmri", (12, 13, 14)), tmp_path / "cache")
-        assert np.isfinite(trained).all() and np.abs(trained).max() <= 1 and metadata["repaired"] == count
+        assert np.isfinite(trained).all() and np.abs(trained).max() <= 1 and len(metadata["doubts"]) == 1
 
 
 def test_series_is_reduced_as_asked(tmp_path):
@@ -225,7 +226,20 @@ ODD = {  # legal enough for other programs: what is done to the header of a file
     "nonsense in the other form": lambda header: rounded_quaternion(header, 3.0),
     "empty sform": lambda header: [header.__setitem__(f"srow_{axis}", 0) for axis in "xyz"],
     "sform of NaN": lambda header: [header.__setitem__(f"srow_{axis}", np.nan) for axis in "xyz"],
-    **{f"units {code}": lambda header, code=code: header.__setitem__("xyzt_units", code) for code in (0, 4, 5, 255)}}
+    "offset 416": lambda header: header.__setitem__("vox_offset", 416),
+    "no slope": lambda header: (header.__setitem__("scl_slope", 0), header.__setitem__("scl_inter", np.nan)),
+    "slope of NaN": lambda header: header.__setitem__("scl_slope", np.nan),
+    "text": lambda header: [header.__setitem__(name, b"\xff\xfe") for name in ("descrip", "aux_file", "intent_name")],
+    "more axes of length 1": lambda header: header.__setitem__("dim", [7, 12, 13, 14, 1, 1, 1, 1]),
+    "one axis too many": lambda header: header.__setitem__("dim", [4, 12, 13, 14, 1, 0, 0, 0]),
+    "sizes behind the last axis": lambda header: header.__setitem__("dim", [3, 12, 13, 14, 0, -1, 99, 0]),
+    **{f"{name} {value}": lambda header, name=name, value=value: header.__setitem__(name, value) for name, value in (
+        *(("xyzt_units", code) for code in (0, 4, 5, 10, 18, 26, 34, 255)),
+        *((form, code) for form in ("sform_code", "qform_code") for code in (2, 3, 4, 5, 77)),
+        *(("intent_code", code) for code in (0, 3, 1001, 1011, 9999)), ("slice_code", 99), ("slice_end", -5),
+        ("dim_info", 255), ("cal_max", np.inf), ("cal_min", np.nan), ("toffset", -1e9), ("slice_duration", np.nan),
+        ("glmax", 2**31 - 1), ("extents", 16384), ("session_error", -1), ("regular", b"x"), ("data_type", b"JaneDoe"),
+        ("bitpix", 0), ("intent_p1", np.nan), ("pixdim", [1, 2, 3, 4, np.nan, -1, 0, 9]), ("slice_start", 999))}}
 
 
 @pytest.mark.parametrize("oddity", ODD)
@@ -239,7 +253,7 @@ def test_what_other_programs_read_is_read_and_written(tmp_path, oddity):
     if "quaternion" in oddity:
         affine = from_matvec(np.array([[-.28, .96, 0], [.96, .28, 0], [0, 0, -1]]) * [2, 3, 4], [9, 8, -7])
     ODD[oddity](header)
-    path.write_bytes(header.binaryblock + bytes(4) + voxels.tobytes("F"))
+    path.write_bytes(header.binaryblock + bytes(int(header["vox_offset"]) - 348) + voxels.tobytes("F"))
     scan = read_volume(path)
     flip = inv_ornt_aff(nib.io_orientation(affine), voxels.shape)
     np.testing.assert_allclose(scan.affine, affine @ flip, atol=1e-3)
@@ -249,14 +263,42 @@ def test_what_other_programs_read_is_read_and_written(tmp_path, oddity):
     np.testing.assert_allclose(written.get_fdata(), voxels, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["<u1", "<i1", "<i2", ">i2", "<u2", "<i4", ">i4", "<u4", "<f4", ">f4", "<f8", ">f8", "<i8",
+                                  "<u8"])
+@pytest.mark.parametrize("make", [nib.Nifti1Image, nib.Nifti2Image])
+def test_every_type_of_voxel_and_order_of_bytes(tmp_path, make, kind):
+    voxels = np.arange(12 * 13 * 14).reshape(12, 13, 14).astype(kind)
+    header = make.header_class(endianness=">" if kind.startswith(">") else "<")
+    header.set_data_dtype(np.dtype(kind))
+    header.set_slope_inter(2, -3)
+    image = make(voxels, AFFINE, header)
+    image.header.set_slope_inter(1, 0)
+    image.to_filename(tmp_path / "x.nii")
+    np.testing.assert_allclose(read_volume(tmp_path / "x.nii").voxels, voxels.astype(np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in Path(data_path).glob("*.nii*")))
+def test_nibabels_own_files(name):
+    path = Path(data_path, name)
+    if "dconn" in name:  # a matrix
+        refused(path, "has size 1x1x1x1x10x10; use a 3-D or 4-D image")
+        return
+    scan, expected = read_volume(path, "first"), nib.load(path)
+    first = nib.as_closest_canonical(expected.slicer[..., 0] if expected.ndim == 4 else expected)
+    voxels = first.get_fdata()
+    np.testing.assert_allclose(scan.voxels, np.nan_to_num(voxels, nan=np.nanmin(voxels)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scan.affine, first.affine, atol=1e-4)
+
+
 @pytest.mark.parametrize("codes", ["LAS", "RPS", "RAI", "SAR"])
 def test_two_forms_that_mirror_each_other(tmp_path, codes):
     image = turned(nib.Nifti1Image(ball(12, 12, 12), AFFINE), codes)
-    for form, conflict in ((image.affine, ""), (AFFINE, f"sform RAS and qform {codes}")):
+    said = f"its header gives two orientations: sform RAS and qform {codes}"
+    for form, conflict in ((image.affine, []), (AFFINE, [said])):
         image.set_qform(image.affine, 1)
         image.set_sform(form, 2)
         nib.save(image, tmp_path / "x.nii")
-        assert read_volume(tmp_path / "x.nii").conflict == conflict
+        assert [what for what, _ in read_volume(tmp_path / "x.nii").doubts] == conflict
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])

@@ -1,36 +1,24 @@
 """Checkpoints: save and load walk the same named parts. Files hold plain tensors and plain values only, no code."""
 
-import errno
 import hashlib
-import pickle
-import struct
 import time
 import uuid
-import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from training.distributed import is_main_rank, same_on_all_ranks
+from training.schema import problems_of_content
 from utils.errors import UserError
 from utils.files import replace_file
+from utils.tensors import UNFIT, DamagedError, load_weights, one_line, read_tensors
 
-FORMAT = 4
+FORMAT = 5
 STAGE_1, STAGE_2 = "stage 1", "stage 2"
 FILES = {STAGE_1: ("last_model.pth", "best_model.pth"), STAGE_2: ("last_refine.pth", "best_refine.pth")}
-REQUIRED = {"step": int, "best": float, "run_id": str, "options": dict, "fingerprints": dict, "sizes": dict,
-            "network": dict, "ranges": dict, "affines": dict, "alignment": dict, "model": dict, "ema": dict}
+PARTS = ("model", "ema")
 OTHER_FOLDERS = "Set opt.checkpoint_dir (and opt.result_dir) to another folder, or undo these changes"
-DIRECTORY = 0x10  # a bit of a zip record's attributes
-TRANSIENT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
-UNREADABLE = (MemoryError, OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError,
-              LookupError, AttributeError, TypeError, AssertionError, NotImplementedError, struct.error)
-UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)  # what a wrong state dict raises
-
-
-class DamagedError(UserError):
-    """A file that is not, or no longer, a complete checkpoint."""
 
 
 class Checkpoint:
@@ -95,7 +83,7 @@ class Checkpoint:
     def _load(self, path: Path, state: dict) -> None:
         try:
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+                load_weights(part, state[name]) if isinstance(part, nn.Module) else part.load_state_dict(state[name])
             self.step, self.best_value, self.run_id = state["step"], state["best"], state["run_id"]
         except UNFIT as error:
             raise UserError(f"{path}: does not fit this version of PDS ({one_line(error)}). It can be refined but not "
@@ -112,28 +100,20 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
         raise UserError(f"{path}: {what}. Move away what is in its place, and set opt.resume_path to a checkpoint that "
                         "exists: best_model.pth to start stage 2, last_refine.pth, which contains its backbone, to "
                         "resume it; leave it empty for stage 1")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not check the records' CRCs
-            if any(record.compress_type != zipfile.ZIP_STORED or record.external_attr & DIRECTORY
-                   for record in archive.infolist()):  # torch reads a record marked as a folder as random memory
-                raise ValueError("its records are not as torch writes them")
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", 0) in TRANSIENT or "allocate memory" in str(error):
-            raise UserError(f"{path}: cannot be read right now ({one_line(error)}); the file may be fine: fix the "
-                            "cause and try again") from error
-        raise DamagedError(f"{path}: is not a checkpoint of PDS, or is damaged ({one_line(error)})") from error
+    state = read_tensors(path, "a checkpoint of PDS")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: is not a checkpoint of this version of PDS; train again, or use the version that "
                         "wrote it")
     if state.get("stage") not in stages:
         raise UserError(f"{path}: is a checkpoint of {state.get('stage')}, but {' or '.join(stages)} is needed; set "
                         "opt.resume_path to best_model.pth for stage 2, and leave it empty for stage 1")
-    required = REQUIRED | ({"backbone": dict} if state["stage"] == STAGE_2 else {})
-    if wrong := [name for name, kind in required.items() if not isinstance(state.get(name), kind)]:
-        raise UserError(f"{path}: is not a checkpoint of PDS (without {', '.join(wrong)}); use another one")
+    problems = problems_of_content(state, PARTS)
+    if state["stage"] == STAGE_2 and not problems:
+        backbone = state.get("backbone")
+        has_one = isinstance(backbone, dict) and backbone.get("stage") == STAGE_1
+        problems = problems_of_content(backbone, PARTS[1:]) if has_one else ["it has no backbone"]
+    if problems:
+        raise UserError("\n  ".join((f"{path}: is not a checkpoint of this version of PDS; use another:", *problems)))
     return state
 
 
@@ -153,10 +133,6 @@ def refuse_another_run(path: Path, saved: dict, options: dict, fingerprints: dic
 
 def _as_tuples(value: object) -> object:
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def content_hash(model: nn.Module) -> str:

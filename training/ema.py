@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from utils.tensors import load_weights
+
 
 class EMA:
     """Holds `model`, a copy whose parameters follow the trained ones; buffers are copied, not averaged.
@@ -27,5 +29,8 @@ class EMA:
         return {"updates": self.updates, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError, or what nn.Module.load_state_dict raises, where the state does not fit."""
+        if type(state["updates"]) is not int or state["updates"] < 0:
+            raise ValueError(f"updates = {state['updates']!r}")
         self.updates = state["updates"]
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])

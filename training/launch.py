@@ -8,7 +8,7 @@ import torch
 
 from training.distributed import ended_by_another_rank, is_main_rank, local_rank, under_torchrun
 from training.log import robust_output
-from utils.errors import UserError
+from utils.errors import UserError, visible
 from utils.stop import Interrupted, stop
 
 FINISHED, REFUSED, STOPPED = 0, 2, 3
@@ -36,7 +36,8 @@ def run_program(run: Callable[[object], int], settings) -> int:
                     return STOPPED
                 if not isinstance(error, UserError) and not is_out_of_memory(error):
                     raise
-                print(f"\nPDS cannot run:\n{error if isinstance(error, UserError) else OUT_OF_MEMORY}", file=sys.stderr)
+                message = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
+                print(f"\nPDS cannot run:\n{visible(message)}", file=sys.stderr)
                 return REFUSED
     except KeyboardInterrupt:
         print(f"\nInterrupted; {RESUME}", file=sys.stderr)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from training.checkpoint import Checkpoint
 from training.distributed import is_main_rank, world_size
-from utils.errors import UserError
-from utils.files import cannot_write, write_text
+from utils.errors import UserError, visible
+from utils.files import cannot_write, read_json, read_text, write_text
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "nibabel", "skimage", "tqdm", "PIL")
 CURVES = ("loss", "gradient_norm", "learning_rate", "x0_error", "psnr", "ssim")  # columns that TensorBoard shows
@@ -37,8 +37,7 @@ class Log:
         if not is_main_rank():
             return
         owner, header = path.with_name("run_id.txt"), ",".join(columns) + "\n"
-        text, known = (each.read_text(errors="replace") if each.is_file() and os.access(each, os.R_OK) else ""
-                       for each in (path, owner))
+        text, known = map(_text_of, (path, owner))
         rows = re.findall(rf"^((\w+),(\d{{1,18}})(?:,[^,\n\0]*){{{len(columns) - 2}}}\n)", text, re.M)  # none is torn
         if (path.exists() and not text.startswith(header)) or (rows and known.strip() != run_id):
             raise UserError(f"{path}: belongs to another run than opt.checkpoint_dir, or cannot be read. Move the "
@@ -79,14 +78,24 @@ class Log:
             self._board = None
 
 
+def _text_of(path: Path) -> str:
+    """The text of a file; empty where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return read_text(path, errors="replace")  # a killed run leaves half a letter
+    return ""
+
+
 @contextlib.contextmanager
 def robust_output() -> Iterator[None]:
-    """Let no print in the block fail: Ctrl-C also ends the `tee` in `python main.py | tee log`, and disks fill up."""
+    """Let no print in the block fail: Ctrl-C also ends the `tee` in `python main.py | tee log`, and disks fill up.
+
+    On stdout, nothing that a file or a path holds controls the terminal; stderr has the progress bars.
+    """
     streams = [each or open(os.devnull, "w") for each in (sys.stdin, sys.stdout, sys.stderr)]  # noqa: SIM115 None: closed
     for stream in streams[1:]:
         def write(text, stream=stream):
             try:
-                type(stream).write(stream, text)
+                type(stream).write(stream, visible(text) if stream is streams[1] else text)
                 stream.flush()
             except OSError:  # drop it, and what the stream still holds
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -100,8 +109,8 @@ def robust_output() -> Iterator[None]:
 def write_run_record(path: Path, run: Checkpoint, settings: dict, defaults: dict, split: dict[str, list[str]]) -> None:
     """Write run.json: data, alignment, split (role -> pairs), and of every start time, settings, versions, machine."""
     starts = []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        earlier = json.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        earlier = read_json(path)
         starts = list(earlier["starts"]) if earlier["run_id"] == run.run_id else []
     starts.append({
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": run.step, "settings": settings,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data.augment import PairTransform
 from data.grids import spacing_of
 from data.intensity import to_units
+from data.problems import DataError
 from data.split import write_split
 from data.study import Study, steps_per_epoch, training_batch
 from data.volumes import write_volume
@@ -64,7 +65,7 @@ class Stage:
         self.folder = Path(opt.result_dir) / self.folder_name
         first = study.roles["train"][0]
         self.metadata = {
-            "options": opt.resolved(), "sizes": dict(study.sizes), "network": opt.network_arguments(),
+            "options": opt.resolved(),
             "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint,
                              "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
             "ranges": {modality: study.train_range(modality) for modality in study.modalities},
@@ -136,7 +137,7 @@ def fit(stage: Stage) -> bool:
     def is_due(every: int) -> bool:
         return run.step > 0 and (run.step % every == 0 or run.step >= total)
 
-    with tqdm(total=total, initial=run.step, unit="step") as bar:
+    with tqdm(total=total, initial=run.step, unit="step") as bar, saved_where_a_file_fails(run):
         while not stop_requested_on_any_rank():
             # ---- Validate, draw and save, at the top: a resumed run first does what is due at its step
             epoch = math.ceil(run.step / per_epoch)
@@ -195,6 +196,16 @@ def fit(stage: Stage) -> bool:
         return False
     stage.finish(run)
     return True
+
+
+@contextlib.contextmanager
+def saved_where_a_file_fails(run: Checkpoint) -> Iterator[None]:
+    """Save the state before a file that cannot be read, which has not harmed it, ends the run."""
+    try:
+        yield
+    except DataError:
+        run.save(run.last)
+        raise
 
 
 def split_jobs(jobs: list[tuple[str, int]], accumulate: int) -> list[MicroBatch]:

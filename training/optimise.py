@@ -8,12 +8,15 @@ from tqdm import tqdm
 
 from training.distributed import all_reduce_sum, world_size
 from utils.errors import UserError
+from utils.tensors import copied
 
 MAX_BAD_STEPS = 5  # in a row
 FIRST_SCALE, STEPS_BEFORE_RAISE = 2.0**16, 2000  # of the loss in float16 (Micikevicius et al. 2018)
 OUTER_LAYERS = {"stem", "target_stem", "head", "gain", "group"}  # at the ends of the networks
 MUON_RATE = 20.0  # times Adam's rate: Muon's update has length 1 per row of a matrix, Adam's about 1 per weight
+MUON_DECAY = 0.3  # of weights, times the rate: updates have a fixed length, so weights that grow would learn ever less
 DECAY_FRACTION = 0.25  # of the steps after warm-up, at the end
+MOMENTS = {"adam": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # torch.optim's names
 COUNTERS = ("taken", "bad_in_a_row", "loss_scale", "since_overflow")  # saved with the optimiser's state
 
 
@@ -37,7 +40,7 @@ class Optimiser:
                                                     lr=learning_rate, fused=True)}
         if self.matrices:
             self.optimisers["muon"] = torch.optim.Muon([matrix for _, matrix in self.matrices], lr=learning_rate,
-                                                       weight_decay=0.0)
+                                                       weight_decay=MUON_DECAY)
         self.peak, self.warmup, self.total, self.clip = learning_rate, warmup_steps, total_steps, gradient_clip
         self.taken, self.bad_in_a_row = 0, 0  # steps that were taken: the position in the schedule
         self.float16, self.since_overflow = float16, 0
@@ -99,14 +102,26 @@ class Optimiser:
         tqdm.write(f"note: {where}: loss or gradient is not finite, step skipped")
 
     def state_dict(self) -> dict:
+        """Counters, and of each optimiser and parameter the tensors of MOMENTS; none before the first step."""
         return {**{name: getattr(self, name) for name in COUNTERS},
-                **{name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
+                **{kind: [dict(optimiser.state[p]) for p in optimiser.param_groups[0]["params"] if p in optimiser.state]
+                   for kind, optimiser in self.optimisers.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        """Copy a state into tensors of its own. Raises one of UNFIT (utils/tensors.py) where it does not fit."""
         for name in COUNTERS:
+            kind = float if name == "loss_scale" else int
+            if type(state[name]) is not kind or not 0 <= state[name] < math.inf:
+                raise ValueError(f"{name} = {state[name]!r}")
             setattr(self, name, state[name])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state[name])
+        for kind, optimiser in self.optimisers.items():
+            parameters, moments = optimiser.param_groups[0]["params"], state[kind]
+            if len(moments) not in (0, len(parameters)):
+                raise ValueError(f"{kind} has moments of {len(moments)} parameters instead of {len(parameters)}")
+            for parameter, found in zip(parameters, moments):
+                likes = {"step": parameter.new_zeros((), dtype=torch.float32)}
+                optimiser.state[parameter] = {name: copied(found[name], likes.get(name, parameter.detach()))
+                                              for name in MOMENTS[kind]}
 
 
 def as_matrix(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -1,23 +1,70 @@
-"""Files that are complete or absent, messages for full and read-only disks, and one run per folder."""
+"""Files that are regular and complete, or refused; messages for full and read-only disks; one run per folder."""
 
 import contextlib
 import csv
 import errno
 import fcntl
 import io
+import json
+import math
 import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.errors import UserError
 
 TEMPORARY = re.compile(r"\.(.+)\.([1-9][0-9]{0,8})\.[0-9]+\.part")  # host, process id, time in ns
+MAX_TEXT, MAX_JSON = 2**27, 2**24  # bytes
 OTHER_FOLDER = "choose another folder (opt.checkpoint_dir, opt.result_dir, opt.cache_dir or opt.sample_dir)"
+
+
+def open_regular(path: str | Path, largest: float = math.inf) -> BinaryIO:
+    """Open a regular file of at most `largest` bytes to read it; never waits for a pipe. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if status.st_size > largest:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {largest:,}")
+        return open(descriptor, "rb")
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def read_text(path: str | Path, largest: int = MAX_TEXT, errors: str = "strict") -> str:
+    """The content of a text file in UTF-8. errors: as of bytes.decode. Raises OSError, UnicodeError."""
+    with open_regular(path, largest) as file:
+        return file.read(largest).decode("utf-8-sig", errors)
+
+
+def read_json(path: str | Path) -> object:
+    """The content of a JSON file. Raises OSError, ValueError."""
+    try:
+        return json.loads(read_text(path, MAX_JSON))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def expanded(path: str) -> str:
+    """A path in which ~ and $VARIABLES are replaced. Raises ValueError where one has no value, or the path no name."""
+    found = os.path.expanduser(os.path.expandvars(path))
+    if found.startswith("~") or re.search(r"\$(\w|\{)", found):
+        raise ValueError("it has a ~ or $ that stands for nothing here: write the path out, or ./~ if it is a name")
+    try:
+        if b"\0" in os.fsencode(found):
+            raise ValueError("it contains a NUL character")
+    except UnicodeEncodeError:
+        raise ValueError("its letters cannot be written in the encoding of this locale: set PYTHONUTF8=1") from None
+    return found
 
 
 def replace_file(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:

@@ -7,6 +7,8 @@ import operator
 import types
 import typing
 
+from utils.files import expanded
+
 AFFECTS = {  # a run resumes only while the settings that affect it keep their values
     "data": "the study and its split. Both stages must agree, or stage 2 would test on training subjects of stage 1",
     "training": "training of both stages",
@@ -21,10 +23,15 @@ LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "
 
 
 def setting(default: object, *, affects: str = "training", choices: tuple[str, ...] = (), per_modality: bool = False,
-            **limits: float) -> typing.Any:
+            path: bool = False, **limits: float) -> typing.Any:
     """A dataclass field. choices: words allowed, alone, in a tuple, or for each modality. limits: keys of LIMITS."""
     return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={
-        "affects": affects, "choices": choices, "per_modality": per_modality, "limits": limits})
+        "affects": affects, "choices": choices, "per_modality": per_modality, "path": path, "limits": limits})
+
+
+def path(default: str, affects: str = "nothing") -> typing.Any:
+    """A dataclass field that is a path, in which ~ and $VARIABLES are replaced."""
+    return setting(default, affects=affects, path=True)
 
 
 class Settings:
@@ -56,6 +63,18 @@ def problems_of(settings: Settings) -> list[str]:
             problems.append(f"opt.{field.name} = {value!r}: {remedy}")
     if all(_fits(getattr(settings, name), hint) for name, hint in hints.items()):  # combinations rely on it
         problems += settings.wrong_combinations()
+    return problems
+
+
+def expand_paths(settings: Settings) -> list[str]:
+    """Replace ~ and $VARIABLES in paths; returns messages as `problems_of`."""
+    problems = []
+    for field in dataclasses.fields(settings):
+        if field.metadata.get("path"):
+            try:
+                object.__setattr__(settings, field.name, expanded(getattr(settings, field.name)))
+            except ValueError as error:
+                problems.append(f"opt.{field.name} = {getattr(settings, field.name)!r}: {error}")
     return problems
 
 

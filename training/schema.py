@@ -1,0 +1,79 @@
+"""What a checkpoint may hold: one rule for every field, and for its settings those of opt.py. Nothing is trusted."""
+
+import dataclasses
+import math
+import re
+import reprlib
+
+import numpy as np
+
+from data.alignment import Alignment
+from opt import Options
+from utils.errors import UserError
+from utils.settings import problems_of
+
+LARGE = 1e15  # no intensity or length is larger
+
+
+def settings_of(options: object) -> Options:
+    """The settings in a checkpoint. Raises UserError."""
+    names = {field.name for field in dataclasses.fields(Options)}
+    if not isinstance(options, dict) or options.keys() != names:
+        found = set(options) if isinstance(options, dict) else set()
+        raise UserError(f"options: not those of this version of PDS ({reprlib.repr(sorted(map(str, names ^ found)))})")
+    settings = Options(**options)
+    if problems := problems_of(settings):
+        raise UserError("; ".join(f"options: {problem}" for problem in problems))
+    settings.image_sizes()  # also where opt.check let them pass
+    return settings
+
+
+def problems_of_content(state: dict, parts: tuple[str, ...]) -> list[str]:
+    """What is wrong with the fields of a checkpoint: messages with field, value and rule. parts: state dicts in it.
+
+    Adds "sizes" and "network", which follow from its settings.
+    """
+    try:
+        settings = settings_of(state.get("options"))
+    except UserError as error:
+        return [str(error)]
+    state |= {"sizes": settings.image_sizes(), "network": settings.network_arguments()}
+
+    def each(value: object, *shape: int) -> bool:
+        return (isinstance(value, dict) and value.keys() == set(settings.modalities)
+                and all(_numbers(numbers, *shape) for numbers in value.values()))
+
+    groups, texts = state.get("groups", []), state.get("fingerprints")
+    rules = {  # field -> whether it is right, what it must be
+        "step": (type(state.get("step")) is int and 0 <= state["step"] < 2**63, "a count"),
+        "best": (type(state.get("best")) is float and not math.isnan(state["best"]), "a number"),
+        "run_id": (isinstance(state.get("run_id"), str) and re.fullmatch("[0-9a-f]{32}", state["run_id"]), "32 digits"),
+        "fingerprints": (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values()), "texts"),
+        "groups": (isinstance(groups, list) and all(isinstance(group, str) and group for group in groups)
+                   and len({*groups}) == len(groups), "different names"),
+        "ranges": (each(state.get("ranges"), 2) and all(low < high for low, high in state["ranges"].values()),
+                   "a smallest and a largest intensity of each modality"),
+        "affines": (each(state.get("affines"), 4, 4) and all(abs(np.linalg.det(affine)) > 1e-9
+                                                             for affine in state["affines"].values()),
+                    "an invertible affine (4, 4) of each modality"),
+        "alignment": (_is_alignment(state.get("alignment"), each), "as data/alignment.py writes it"),
+        **{part: (isinstance(state.get(part), dict), "a state dict") for part in parts}}
+    return [f"{name} = {reprlib.repr(state.get(name))}: must be {wanted}"
+            for name, (right, wanted) in rules.items() if not right]
+
+
+def _numbers(value: object, *shape: int) -> bool:
+    """Whether nested lists of this shape hold finite numbers."""
+    if not shape:
+        return type(value) in (int, float) and abs(value) < LARGE  # NaN is not
+    return (isinstance(value, (list, tuple)) and len(value) == shape[0]
+            and all(_numbers(each, *shape[1:]) for each in value))
+
+
+def _is_alignment(value: object, each) -> bool:
+    if not isinstance(value, dict) or value.keys() != {field.name for field in dataclasses.fields(Alignment)}:
+        return False
+    if value["how"] == "grid":
+        return value == dataclasses.asdict(Alignment())
+    return (value["how"] == "world" and _numbers(value["box"], 3) and min(value["box"]) > 0
+            and (value["centre"] in ((), []) or _numbers(value["centre"], 3)) and each(value["offsets"], 3))
