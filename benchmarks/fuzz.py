@@ -39,10 +39,10 @@ SURVIVED = (0, 2, 3)
 SUBJECTS = 4
 SMALL = ["--base_channels=8", "--unet_depth=2", "--epochs=2", "--refine_epochs=2", "--batch_size=2", "--no-tensorboard",
          "--sampling_steps=2", "--validate_every=1", "--num_samples=1", "--warmup_steps=1", "--folds=2", "--device=cpu"]
-STRANGE = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, -0.5, float("nan"), float("inf"), 1e300, "", "x", "\x1b[2J", "../x",
-           "a\nb", "~", "$X", b"x", (), [], {}, [[]], {"a": 1}, (1, 2, 3), [0.0] * 3]
-CELLS = ["", "n/a", "NaN", "~/x", "$X/y", "a\tb", '"', "'", ",", ";", "\0", "\x1b[2J", "é", "腦", "\u202e", "-1", "1e9", "0", "ses-1",
-         "sub-1", "sub-01", "../..", "/dev/zero", "/", ".", "x" * 300, "\ufeff", "\r"]
+STRANGE = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, -0.5, float("nan"), float("inf"), 1e300, "", "x", "\x1b[2J",
+           "../x", "a\nb", "~", "$X", b"x", (), [], {}, [[]], {"a": 1}, (1, 2, 3), [0.0] * 3]
+CELLS = ["", "n/a", "NaN", "~/x", "$X/y", "a\tb", '"', "'", ",", ";", "\0", "\x1b[2J", "é", "腦", "\u202e", "-1", "1e9",
+         "0", "ses-1", "sub-1", "sub-01", "../..", "/dev/zero", "/", ".", "x" * 300, "\ufeff", "\r"]
 
 
 def write_study(folder: Path) -> Path:
@@ -91,16 +91,17 @@ def change_value(value: object, random: np.random.Generator, depth: int = 0) -> 
         at = random.integers(len(value))
         return type(value)(change_value(each, random, depth + 1) if i == at else each for i, each in enumerate(value))
     if isinstance(value, torch.Tensor) and random.random() > 0.1:
-        return [lambda x: x * float("nan"), lambda x: x * 1e30, lambda x: x.flatten(), lambda x: x[None], lambda x: x.double(),
-                lambda x: torch.zeros(1).expand(10**9), lambda x: torch.zeros((1,) * x.ndim).expand(x.shape),
-                lambda x: x.to(torch.complex64), lambda x: x.to_sparse(), lambda x: x.bool(), lambda x: x.half(),
-                lambda x: torch.zeros(0), lambda x: x.to("meta"), lambda x: x.t() if x.ndim == 2 else x.clone()][
-                    random.integers(14)](value)
+        changes = [lambda x: x * float("nan"), lambda x: x * 1e30, lambda x: x.flatten(), lambda x: x[None],
+                   lambda x: x.double(), lambda x: torch.zeros(1).expand(10**9), lambda x: x.to(torch.complex64),
+                   lambda x: torch.zeros((1,) * x.ndim).expand(x.shape), lambda x: x.to_sparse(), lambda x: x.bool(),
+                   lambda x: x.half(), lambda x: torch.zeros(0), lambda x: x.to("meta"),
+                   lambda x: x.movedim(0, -1) if x.ndim else x]
+        return changes[random.integers(len(changes))](value)
     return STRANGE[random.integers(len(STRANGE))]
 
 
 class Fuzz:
-    """A study, checkpoints trained on it, and the cases made of them. Each case: a folder and the words of a program."""
+    """A study, checkpoints trained on it, and cases made of them: a folder of their own, a program, and its words."""
 
     def __init__(self, folder: Path):
         self.folder, self.table = folder, write_study(folder)
@@ -181,7 +182,8 @@ class Fuzz:
             suffix = random.choice(["bold", "dwi", "desc-preproc_bold", "T1w"])
             entity = random.choice(["", "run-1_", "run-10_", "echo-2_", "part-phase_"])
             label = f"_{session[:-1]}" if session else ""
-            path = tree / subject / session / random.choice(["func", "dwi", "."]) / f"{subject}{label}_{entity}{suffix}.nii.gz"
+            folder = tree / subject / session / random.choice(["func", "dwi", "."])
+            path = folder / f"{subject}{label}_{entity}{suffix}.nii.gz"
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 kind = random.integers(6)
@@ -212,7 +214,7 @@ def in_a_child(run: Callable, words: list[str], log: Path) -> tuple[int, float]:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
             mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, 2**30))
@@ -264,8 +266,10 @@ def main() -> None:
     torch.set_num_threads(1)  # a process with threads cannot be forked
     with tempfile.TemporaryDirectory() as folder:
         study = Fuzz(Path(folder))
-        lines = [["files", "cases", "finished", "refused", "stopped", "longest, s", "not survived", "numbers"], ["---"] * 8]
-        for name, make in (("checkpoints", study.checkpoint), ("volumes", study.volume), ("tables", study.table_or_tree)):
+        lines = [["files", "cases", "finished", "refused", "stopped", "longest, s", "not survived", "numbers"]]
+        lines.append(["---"] * len(lines[0]))
+        makers = {"checkpoints": study.checkpoint, "volumes": study.volume, "tables": study.table_or_tree}
+        for name, make in makers.items():
             if count := getattr(own, name):
                 lines.append(fuzz(study, name, make, count, own.seed, own.only))
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.unet import DualModalUNet
 from tests.test_unet import CONFIG, SIZES, T5, noise, randomised
-from training.optimise import FIRST_SCALE, MUON_RATE, STEPS_BEFORE_RAISE, Optimiser
+from training.optimise import FIRST_SCALE, MUON_DECAY, MUON_RATE, STEPS_BEFORE_RAISE, Optimiser
 
 
 def linear(**changes) -> tuple[nn.Linear, Optimiser]:
@@ -63,3 +63,16 @@ def test_muon_orthogonalises_hidden_updates_and_leaves_the_ends_to_adam(kind, ne
     assert (torch.cosine_similarity(update.flatten(), (U @ V).flatten(), dim=0) > 0.95) == nearly
     assert update.norm() == pytest.approx(1e-3 * MUON_RATE * 8**0.5, rel=0.2) or kind == "adam"  # 8 rows of length 1
     assert (before[1] - stem).abs().max() <= 1.01e-3  # Adam's first step is the rate, whatever the gradient
+
+
+def test_hidden_matrices_decay_and_nothing_else_does():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for name in ("stem", "hidden", "head"):
+        model.add_module(name, nn.Linear(4, 4))
+    optimiser = Optimiser(model, 1e-3, 1, 10, 1.0, "muon")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step(optimiser, 0 * model(torch.ones(1, 4)).sum())
+    for name, parameter in model.named_parameters():
+        kept = 1 - 1e-3 * MUON_RATE * MUON_DECAY if name == "hidden.weight" else 1
+        torch.testing.assert_close(parameter.detach(), kept * before[name])

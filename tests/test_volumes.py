@@ -263,8 +263,8 @@ def test_what_other_programs_read_is_read_and_written(tmp_path, oddity):
     np.testing.assert_allclose(written.get_fdata(), voxels, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["<u1", "<i1", "<i2", ">i2", "<u2", "<i4", ">i4", "<u4", "<f4", ">f4", "<f8", ">f8", "<i8",
-                                  "<u8"])
+@pytest.mark.parametrize("kind", ["<u1", "<i1", "<i2", ">i2", "<u2", "<i4", ">i4", "<u4", "<f4", ">f4", "<f8", ">f8",
+                                  "<i8", "<u8"])
 @pytest.mark.parametrize("make", [nib.Nifti1Image, nib.Nifti2Image])
 def test_every_type_of_voxel_and_order_of_bytes(tmp_path, make, kind):
     voxels = np.arange(12 * 13 * 14).reshape(12, 13, 14).astype(kind)
