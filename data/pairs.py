@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.problems import DataError, Problem
 from utils.files import expanded, read_text
+from utils.stop import interruptible
 
 BIDS_SUFFIX = {"fmri": "bold", "dmri": "dwi"}  # the suffix of any other modality is its own name, e.g. T1w
 MISSING = {"", "n/a", "na", "nan", "none", "null", "#n/a", "<na>"}  # in a cell, in any case
@@ -216,14 +217,16 @@ def _share_scans(subject: str, sessions: Sessions, modalities: tuple[str, str], 
 
 def _bids_files(tree: Path) -> tuple[list[Path], list[Problem]]:
     """All files below sub-*, also in linked folders, except hidden ones, in natural order (run-2 before run-10); each
-    unreadable folder is a problem. A folder is visited once for each subject, however many links lead there."""
-    files, problems, visited = [], [], set()
+    unreadable folder is a problem. A folder is visited once for each subject, however many links lead there, and links
+    to a folder that the tree lies in are not followed."""
+    files, problems, visited, real = [], [], set(), tree.resolve()
+    around = {(status.st_dev, status.st_ino) for folder in (real, *real.parents) for status in [os.stat(folder)]}
 
     def cannot_read(error: OSError) -> None:
         problems.append(Problem(str(error.filename), f"cannot be read ({error.strerror})", "ask for permission, or "
                                 "exclude it", Path(error.filename).name))
 
-    for parent, folders, names in os.walk(tree, onerror=cannot_read, followlinks=True):
+    for parent, folders, names in interruptible(os.walk(tree, onerror=cannot_read, followlinks=True)):
         inside = Path(parent).relative_to(tree).parts
         folders[:] = [name for name in sorted(folders) if name.startswith("sub-" if not inside else "")
                       and not name.startswith(".")]
@@ -232,10 +235,11 @@ def _bids_files(tree: Path) -> tuple[list[Path], list[Problem]]:
         except OSError as error:
             cannot_read(error)
             continue
-        if (key := (inside[:1], status.st_dev, status.st_ino)) in visited:
+        identity = status.st_dev, status.st_ino
+        if (inside[:1], identity) in visited or (inside and identity in around):
             folders.clear()
             continue
-        visited.add(key)
+        visited.add((inside[:1], identity))
         files += [Path(parent, name) for name in names if inside and not name.startswith(".")]
     return sorted(files, key=_natural), problems
 

@@ -26,7 +26,7 @@ from utils.stop import interruptible
 B0_LIMIT = 50.0  # s/mm^2: time points with b-values up to this are b0
 MAX_VOXELS = 2**27  # of one time point (512 x 512 x 512): a larger one does not fit this method or the memory
 MAX_OTHER_BYTES = 2**24  # before the voxels, header extensions included, or after them
-CHUNK = 2**26  # bytes that are read between two looks at a stop request
+CHUNK = 2**24  # bytes that are read between two looks at a stop request
 MAX_GZIP_RATIO = 1100  # deflate reaches 1032
 MAX_COORDINATE = 1e5  # mm
 TINY = 1e-9  # mm^3: the volume of a voxel

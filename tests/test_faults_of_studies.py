@@ -199,6 +199,7 @@ def test_h8_links_of_a_tree(tmp_path):
     (tree / "sub-1/through").symlink_to("func/sub-1_bold.nii.gz/x")
     (tree / "sub-1/self").symlink_to("self")
     (tree / "sub-2").symlink_to("sub-2")
+    (tree / "sub-1/root").symlink_to("/")  # the whole disk
     start = time.monotonic()
     pairs, problems = find_pairs(tree, BOTH)
     assert [pair.name for pair in pairs] == ["sub-1"] and problems == [] and time.monotonic() - start < 5
