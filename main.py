@@ -64,7 +64,8 @@ def run(settings) -> int:
         state = None
         if settings.refine:  # before any data is read
             state = read_checkpoint(Path(settings.resume_path), (STAGE_1, STAGE_2))
-            del state["model"], state["optimiser"]  # of no use here, and large
+            for unused in ("model", "optimiser"):  # they are large
+                state.pop(unused, None)
         stage_folder = Path(settings.result_dir) / (Stage2 if settings.refine else Stage1).folder_name
         folders = settings.checkpoint_dir, settings.result_dir, settings.cache_dir
         make_writable(*folders, stage_folder)

@@ -6,6 +6,7 @@ The folder can be deleted between two runs.
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from data.problems import Problem, VolumeError
 from data.volumes import Scan, b_values_file, read_volume
 from utils.files import open_regular, read_json, replace_file, write_text
 
+HEADER = re.compile(rb"\x93NUMPY\x01\x00v\x00\{'descr': '<f4', 'fortran_order': False, "
+                    rb"'shape': \((\d{1,9}), (\d{1,9}), (\d{1,9})\), \} *\n")  # of np.save
 AGAIN = "run the same command to make it again and resume from the last checkpoint"
 CACHE_FORMAT = 4  # raise it whenever the same file and settings give another volume
 
@@ -49,7 +52,7 @@ def cached_volume(path: Path, reading: Reading, cache_dir: Path) -> tuple[Path, 
         metadata, checksum = read_json(metadata_file)
         if checksum == _checksum(metadata) and content(_load(voxels_file)) == metadata["content"]:
             return voxels_file, metadata
-    except (FileNotFoundError, ValueError, EOFError, KeyError, TypeError):  # missing or damaged: it is decoded again
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or damaged: it is decoded again
         pass
     except OSError as error:
         raise _cannot_read(metadata_file, error) from error
@@ -76,7 +79,7 @@ def _file_state(path: Path) -> tuple:
 
 def save_volume(path: Path, volume: np.ndarray) -> None:
     """Write a volume for `load_volume`. Raises UserError."""
-    replace_file(path, lambda file: np.save(file, volume))
+    replace_file(path, lambda file: np.save(file, np.ascontiguousarray(volume, "<f4")))
 
 
 def load_volume(path: Path) -> np.ndarray:
@@ -85,7 +88,7 @@ def load_volume(path: Path) -> np.ndarray:
         return _load(path)
     except OSError as error:
         raise _cannot_read(path, error) from error
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         with contextlib.suppress(OSError):
             path.unlink()
         raise VolumeError(path, f"has become unreadable ({error})", AGAIN) from error
@@ -93,11 +96,9 @@ def load_volume(path: Path) -> np.ndarray:
 
 def _load(path: Path) -> np.ndarray:
     with open_regular(path) as file:  # not memory-mapped: a disk error would kill the process (SIGBUS)
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.float32:
-            raise ValueError(f"it holds {dtype}")
-        return np.fromfile(file, dtype).reshape(shape)  # as much as there is, whatever the header announces
+        if not (header := HEADER.fullmatch(file.read(128))):  # numpy evaluates it, and fails in many ways
+            raise ValueError("its header is not that of a volume")
+        return np.fromfile(file, "<f4").reshape(tuple(map(int, header.groups())))  # as much as there is
 
 
 def _cannot_read(path: Path, error: OSError) -> VolumeError:

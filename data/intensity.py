@@ -9,7 +9,7 @@ from skimage.filters import threshold_otsu
 from data.problems import VolumeError
 
 PERCENTILES = (0.1, 99.9)  # robust: a few outliers do not set the contrast of the rest
-USUAL = (5, 95)  # percentiles between which a scan must show something
+SHARE = 1e-4  # of the voxels between the extremes, that must stay between -1 and 1
 RESOLUTION = 1e-6  # differences of this part of a number vanish in float32
 TINY = 1e-30  # so do differences below this when they are divided
 
@@ -37,10 +37,12 @@ def normalise(volume: np.ndarray, path: Path, intensity: str = "percentile") -> 
     voxels = volume[brain_region(volume)] if intensity.startswith("brain") else known
     low, high = np.percentile(voxels, PERCENTILES) if "percentile" in intensity else (voxels.min(), voxels.max())
     low, high = map(float, (low, high) if high - low > TINY else (smallest, largest))  # if nearly all are equal
-    if 0 < np.ptp(np.percentile(known, USUAL)) < RESOLUTION * (high - low):
-        raise VolumeError(path, f"nearly all voxels become one value, because some are {smallest:g} or {largest:g}",
+    scaled = scale(volume, low, high)
+    between = ((known > smallest) & (known < largest)).sum(), (np.abs(scaled) < 1 - RESOLUTION).sum()
+    if between[1] < SHARE * between[0]:
+        raise VolumeError(path, f"nearly all voxels become -1 or 1, because a few reach {smallest:g} or {largest:g}",
                           "repair the file, choose another opt.intensity, or list it in opt.exclude")
-    return scale(volume, low, high), low, high
+    return scaled, low, high
 
 
 def scale(volume: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from utils.stop import interruptible
 
 BIDS_SUFFIX = {"fmri": "bold", "dmri": "dwi"}  # the suffix of any other modality is its own name, e.g. T1w
 MISSING = {"", "n/a", "na", "nan", "none", "null", "#n/a", "<na>"}  # in a cell, in any case
+MAX_ROWS = 500_000  # of a table: each takes about a kilobyte of memory
 MAX_NAME = 150  # bytes, of the 255 of a file name
 Sessions = dict[str, tuple[str, dict[str, Path]]]  # canonical label -> label as found, modality -> file
 
@@ -72,18 +74,16 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
             visits, problems = _from_table(data_root, modalities, partial)
     except DataError as error:
         return [], list(error.problems)
-    names = {}  # a visit's name, or its person -> names of visits
-    for visit in visits:
-        for key in (visit.name, visit.person):
-            names.setdefault(key, set()).add(visit.name)
-    excluded = set()
-    for label in exclude:
-        if not (found := names.get(label) or names.get(_canonical(label, "sub"), set())):
-            problems.append(Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it"))
-        excluded |= found
-    visits = sorted((visit for visit in visits if visit.name not in excluded), key=lambda visit: visit.name)
+    known = {visit.name for visit in visits} | {visit.person for visit in visits} | {
+        _canonical(problem.subject, "sub") for problem in problems}  # whose files cannot be read
+    problems += [Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it")
+                 for label in exclude if not {label, _canonical(label, "sub")} & known]
+    excluded = {*exclude, *(_canonical(label, "sub") for label in exclude)}
+    visits = sorted((visit for visit in visits if not {visit.name, visit.person} & excluded),
+                    key=lambda visit: visit.name)
     pairs = [visit for visit in visits if partial or len(visit.files) == len(modalities)]
-    problems = [problem for problem in problems if problem.subject not in excluded] + _conflicts(pairs)
+    problems = [problem for problem in problems
+                if not {problem.subject, _canonical(problem.subject, "sub")} & excluded] + _conflicts(pairs)
     if partial:
         return pairs, problems
     for visit in visits:
@@ -121,38 +121,62 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
     return problems
 
 
-def _read_table(table: Path, delimiter: str = "") -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Return the column names and (line, column -> cell) of each row; a cell of MISSING is empty. Raises DataError."""
+def _read_table(table: Path, key: str, delimiters: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Return the column names and (line, column -> cell) of each row; a cell of MISSING is empty.
+
+    Cells are separated by the delimiter that gives a column `key`. Raises DataError.
+    """
     try:
-        text = read_text(table)
+        text = read_text(table).replace("\r\n", "\n").replace("\r", "\n")
         if "\0" in text:
             raise csv.Error("it contains a NUL character")
-        delimiter = delimiter or max(",\t;", key=text.partition("\n")[0].count)
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
-        columns = [column.strip() for column in next(reader, [])]
-        return columns, [
-            (reader.line_num, {column: "" if cell.strip().casefold() in MISSING else cell.strip()
-                               for column, cell in zip(columns, cells)})
-            for cells in reader if any(map(str.strip, cells))]
+        delimiter = next((each for each in delimiters if key in _header(text, each)), delimiters[0])
+        lines, found = _lines(text, delimiter), []
+        _, columns = next(lines, (0, []))
+        for line, cells in lines:
+            if any(cells[len(columns):]) or len(found) == MAX_ROWS:
+                raise csv.Error(f"line {line} has more cells than there are columns" if len(found) < MAX_ROWS else
+                                f"it has more than {MAX_ROWS:,} rows")
+            found.append((line, {column: "" if cell.casefold() in MISSING else cell
+                                 for column, cell in zip(columns, cells)}))
+        return columns, found
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(Problem(str(table), f"cannot be read as a table ({getattr(error, 'strerror', None) or error})",
                                 "set opt.data_root to a CSV or TSV file in UTF-8, or to the folder of a BIDS tree")
                         ) from error
 
 
+def _lines(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each row that has any, except Excel's "sep=;"."""
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
+    for row in reader:
+        if any(cells := [cell.strip() for cell in row]) and not cells[0].startswith("sep="):
+            yield reader.line_num, cells
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    """The first row; empty where it is no row with this delimiter."""
+    try:
+        return next(_lines(text, delimiter), (0, []))[1]
+    except csv.Error:
+        return []
+
+
 def _from_table(table: Path, modalities: tuple[str, str], partial: bool) -> tuple[list[Pair], list[Problem]]:
-    columns, rows = _read_table(table)
+    columns, rows = _read_table(table, "subject", ",\t;")
     needed = ["subject", *([name for name in modalities if partial and name in columns] or modalities)]
     if wrong := [name for name in ("subject", *modalities, "session", "group", "fold")
                  if columns.count(name) > 1 or (name in needed and name not in columns)]:
         raise DataError(Problem(str(table), f"needs one column {', '.join(wrong)}; it has {', '.join(columns)}",
-                                'name its columns "subject" and as in opt.modalities, separated by commas or tabs'))
+                                'name its columns "subject" and as in opt.modalities, separated by commas, tabs or '
+                                "semicolons"))
     visits, problems = [], []
     for line, cells in rows:
         where, fold = f"{table} line {line}", cells.get("fold", "")
         subject, _, session = cells.get("subject", "").partition("_ses-")
         if not subject:
-            problems.append(Problem(where, "left out because it names no subject", "fill it in", fatal=False))
+            problems.append(Problem(where, "left out because it names no subject", "fill it in (NA and the like mean "
+                                    "missing)", fatal=False))
             continue
         files = {}
         visits.append(Pair(f"sub-{subject.removeprefix('sub-')}",
@@ -163,7 +187,7 @@ def _from_table(table: Path, modalities: tuple[str, str], partial: bool) -> tupl
         for modality in modalities:
             try:
                 if cells.get(modality):
-                    files[modality] = table.parent / expanded(cells[modality])
+                    files[modality] = table.parent / expanded(cells[modality], table.parent)
             except ValueError as error:
                 problems.append(Problem(f"{where}, column {modality}", f"{cells[modality]!r}: {error}", "correct it",
                                         visits[-1].name))
@@ -199,20 +223,24 @@ def _from_bids(tree: Path, modalities: tuple[str, str], suffixes: dict[str, str]
 def _share_scans(subject: str, sessions: Sessions, modalities: tuple[str, str], share_scans: bool) -> list[Problem]:
     """Give a scan that lies above the sessions to those that lack it: to the only one, or to all if share_scans."""
     _, above = sessions.get("", ("", {}))
-    if not above or len(sessions) == 1 or len(above) == len(modalities):  # both above: a visit of its own
+    below, is_visit = [session for key, session in sessions.items() if key], len(above) == len(modalities)
+    if not above or not below or (is_visit and not share_scans):
         return []
-    below = [session for key, session in sessions.items() if key]
-    modality, file = next(iter(above.items()))
-    lacking = [files for _, files in below if modality not in files]
-    if len(below) == 1 or share_scans:
-        del sessions[""]
-        for files in lacking:
+    problems, shared = [], share_scans or len(below) == 1
+    for modality, file in above.items():
+        lacking = [files for _, files in below if modality not in files]
+        for files in lacking if shared else ():
             files[modality] = file
-        return [] if lacking else [Problem(str(file), "left out because each session has its own", "remove one of them "
-                                           "if that is wrong", subject, fatal=False)]
-    return [Problem(str(file), f"the {modality} of {subject} is in none of its sessions "
-                    f"{', '.join(label for label, _ in below)}", "set opt.share_scans = True to give it to every "
-                    "session that has none, or use a table", subject, fatal=False)] if lacking else []
+        if shared and not lacking and not is_visit:
+            problems.append(Problem(str(file), "left out because each session has its own", "remove one of them if "
+                                    "that is wrong", subject, fatal=False))
+        elif lacking and not shared:
+            problems.append(Problem(str(file), f"the {modality} of {subject} is in none of its sessions "
+                                    f"{', '.join(label for label, _ in below)}", "set opt.share_scans = True to give "
+                                    "it to every session that has none, or use a table", subject, fatal=False))
+    if shared and not is_visit:
+        del sessions[""]
+    return problems
 
 
 def _bids_files(tree: Path) -> tuple[list[Path], list[Problem]]:
@@ -224,7 +252,7 @@ def _bids_files(tree: Path) -> tuple[list[Path], list[Problem]]:
 
     def cannot_read(error: OSError) -> None:
         problems.append(Problem(str(error.filename), f"cannot be read ({error.strerror})", "ask for permission, or "
-                                "exclude it", Path(error.filename).name))
+                                "exclude the subject", "".join(Path(error.filename).relative_to(tree).parts[:1])))
 
     for parent, folders, names in interruptible(os.walk(tree, onerror=cannot_read, followlinks=True)):
         inside = Path(parent).relative_to(tree).parts
@@ -253,7 +281,7 @@ def _natural(path: Path) -> list[tuple]:
 def _read_groups(table: Path, people: set[str], problems: list[Problem]) -> dict[str, str]:
     """Read participants.tsv, where there is one: person -> group."""
     try:
-        columns, rows = _read_table(table, "\t") if os.path.lexists(table) else ([], [])
+        columns, rows = _read_table(table, "participant_id", "\t") if os.path.lexists(table) else ([], [])
     except DataError as error:
         problems += [dataclasses.replace(problem, remedy="fix it; until then all groups are unknown", fatal=False)
                      for problem in error.problems]

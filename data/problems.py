@@ -28,7 +28,7 @@ class DataError(UserError):
     def __init__(self, *problems: Problem):
         lines = [f"{'' if problem.fatal else 'note: '}{problem}" for problem in problems[:SHOWN]]
         if len(problems) > SHOWN:
-            lines.append(f"and {len(problems) - SHOWN} more: python main.py --check lists all")
+            lines.append(f"and {len(problems) - SHOWN} more")
         super().__init__("\n".join(lines))
         self.problems = problems
 

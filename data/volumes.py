@@ -87,7 +87,8 @@ def read_volume(path: Path, reduce: str = "mean") -> Scan:
         _refuse(path, (position < end, f"is truncated: its header announces {end} bytes", REPLACE),
                 (len(trailing) > MAX_OTHER_BYTES, f"continues after the {end} bytes of its image", REPLACE))
     invalid = ~(np.abs(voxels) < LARGEST)  # NaN, too
-    _refuse(path, (invalid.all(), "has no finite voxel", "repair the file, or exclude the subject (opt.exclude)"))
+    _refuse(path, (invalid.all(), f"has no voxel that is finite and below {LARGEST:g}",
+                   "repair the file, or exclude the subject (opt.exclude)"))
     if invalid.any():
         voxels = np.where(invalid, voxels[~invalid].min(), voxels)
         doubts.append((f"{invalid.sum()} voxels were NaN, infinite or beyond {LARGEST:g}",
@@ -198,7 +199,7 @@ def _other_formats(start: bytes) -> list[tuple[bool, str, str]]:
 
 def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     """The affine (4, 4) of a header, which is mended where other programs read it all the same. Raises VolumeError."""
-    if header["qform_code"] and not _is_invertible(header.get_sform()):
+    if header["qform_code"] and not is_affine(header.get_sform()):
         header["sform_code"] = 0  # an empty sform: the qform holds
     quaternion = np.array([header[f"quatern_{letter}"] for letter in "bcd"], dtype=np.float64)
     if 1 < (length := np.linalg.norm(quaternion)) < 1 + LONG_QUATERNION:  # rounded
@@ -210,13 +211,16 @@ def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
              f"its header has quatern_b, c, d = {quaternion.tolist()}, which is no rotation", "correct its qform"))
     header.check_fix()
     affine = header.get_best_affine().astype(np.float64)
-    _refuse(path, (not (_is_invertible(affine) and np.abs(affine).max() < MAX_COORDINATE),
-                   f"its affine is not invertible or not in mm: {affine[:3].tolist()}", "correct its sform and qform"))
+    _refuse(path, (not is_affine(affine), f"its affine is not invertible or not in mm: {affine[:3].tolist()}",
+                   "correct its sform and qform"))
     return affine
 
 
-def _is_invertible(affine: np.ndarray) -> bool:
-    return bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) >= TINY
+def is_affine(affine: np.ndarray | list) -> bool:
+    """Whether a matrix (4, 4) maps voxels to mm."""
+    affine = np.array(affine, dtype=np.float64)
+    return (bool((np.abs(affine) < MAX_COORDINATE).all()) and affine[3].tolist() == [0, 0, 0, 1]
+            and abs(np.linalg.det(affine[:3, :3])) >= TINY)
 
 
 def _time_points(path: Path, count: int, reduce: str) -> tuple[list[int], list[tuple[str, str]]]:

@@ -23,7 +23,8 @@ from utils.errors import UserError
 def new_run(folder: Path, **changes) -> Checkpoint:
     model = nn.Linear(2, 2)
     each, options = ("fmri", "dmri"), small().resolved() | changes.pop("options", {})
-    metadata = {"options": options, "fingerprints": {"data": "x"}, "ranges": dict.fromkeys(each, (0.0, 1.0)),
+    metadata = {"options": options, "fingerprints": {"data": "x", "split": "", "pattern": ""},
+                "ranges": dict.fromkeys(each, (0.0, 1.0)),
                 "affines": dict.fromkeys(each, np.eye(4).tolist()), "alignment": dataclasses.asdict(Alignment()),
                 **changes}
     return Checkpoint(STAGE_1, folder, {"model": model, "ema": EMA(model, 0.9)}, metadata, math.inf)

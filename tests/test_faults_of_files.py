@@ -139,9 +139,13 @@ FIELDS = [("options/timesteps", 0), ("options/timesteps", 10**9), ("options/time
           ("options/image_size", {"fmri": (0, 1, 2), "dmri": 9}), ("options/reduce", {"fmri": "sum", "dmri": "b0"}),
           ("options/coarse_samples", "1"), ("options", []), ("options", {}), ("step", -5), ("step", "5"),
           ("step", True), ("step", 2**70), ("best", math.nan), ("best", None), ("run_id", "../x"),
-          ("fingerprints", {"data": 1}), ("ranges", {"fmri": (0.0, 1.0)}), ("ranges/fmri", (1.0, 1.0)),
+          ("fingerprints", {}), ("fingerprints", {"data": 1}),
+          ("ranges", {"fmri": (0.0, 1.0)}), ("ranges/fmri", (1.0, 1.0)),
           ("ranges/fmri", (0.0, math.inf)), ("ranges/fmri", ("0", "1")), ("affines/fmri", [[0.0] * 4] * 4),
-          ("affines/fmri", [[math.nan] * 4] * 4), ("affines/fmri", [1.0]), ("alignment/how", "sideways"),
+          ("affines/fmri", [[math.nan] * 4] * 4), ("affines/fmri", [1.0]),
+          ("affines/fmri", [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]),
+          ("affines/fmri", [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [5, 5, 5, 7]]),
+          ("affines/fmri", [[1e14, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), ("alignment/how", "sideways"),
           ("alignment/box", (1.0,)), ("alignment", {}),
           ("alignment", {"how": "world", "box": (-1.0, 1.0, 1.0), "centre": (), "offsets": {}}),
           ("groups", ["a", "a"]), ("groups", "ab"), ("ema", None), ("model", [])]
@@ -160,6 +164,7 @@ def test_h2_a_field_out_of_its_range_is_refused_by_name(trained, tmp_path, name,
 
 @pytest.mark.parametrize("field, value", [("backbone", None), ("backbone/options/timesteps", 0),
                                           ("backbone/stage", "x"), ("backbone/groups", [""]),
+                                          ("backbone/options/seed", 7), ("backbone/options/folds", 4),
                                           ("backbone/ranges/dmri", (math.nan, 1.0))])
 def test_h2_and_so_is_a_field_of_the_backbone(trained, tmp_path, field, value):
     path = changed(trained / "checkpoints/best_refine.pth", tmp_path / "x.pth", field, value)
@@ -201,6 +206,24 @@ def test_h2_volumes_that_are_not_finite_are_never_written(study_csv, trained, tm
                         "--cache_dir", str(tmp_path / "c"), "--device", "cpu", "--precision", "fp32"]) == 2
     assert "values that are not finite; it is not written" in capsys.readouterr().err
     assert not list((tmp_path / "s").rglob("*.nii.gz"))
+
+
+def test_h2_a_checkpoint_without_an_optimiser_is_refined_and_not_resumed(study_csv, trained, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints/best_model.pth"
+    state = weights(trained / "checkpoints/best_model.pth")
+    del state["optimiser"]
+    torch.save(state, path)
+    assert main.main(refine_arguments(study_csv, tmp_path, "--refine_epochs", "1")) == 0
+    assert main.main(arguments(study_csv, tmp_path)) == 2
+    assert "best_model.pth: does not fit this version of PDS (optimiser" in capsys.readouterr().err.replace("'", "")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "/proc/1/root/x" if os.getuid() else "/dev/null/x", "\udcff", "a\0b"])
+def test_h7_a_checkpoint_in_a_place_that_cannot_be_looked_at(path, capsys):
+    for run, words in ((main.main, ["--refine"]), (main.main, []), (sample.main, [])):
+        assert run([*words, "--resume_path", path, "--checkpoint_dir", "/dev/null/x"]) == 2
+        assert "Traceback" not in capsys.readouterr().err
 
 
 def packed(path: Path) -> Path:
@@ -268,6 +291,10 @@ def test_h4_bad_content_is_discarded_and_made_again(tmp_path, content):
     path, reading = save(tmp_path / "x.nii", ball(11, 12, 13)), Reading("fmri", (11, 12, 13))
     file, _ = cached_volume(path, reading, tmp_path / "cache")
     good, expected = file.read_bytes(), load_volume(file)
+    for at in range(128):  # each byte of the header
+        file.write_bytes(good[:at] + b" " + good[at + 1:])
+        with contextlib.suppress(VolumeError):
+            np.testing.assert_array_equal(load_volume(file), expected)
     file.write_bytes({"cut": good[:-5], "huge": good.replace(b"(11, 12, 13)", b"(99999,9999)"),
                       "float64": good.replace(b"<f4", b"<f8")}.get(content, content))
     with pytest.raises(VolumeError, match="has become unreadable"):

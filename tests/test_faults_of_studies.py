@@ -5,6 +5,7 @@ Each test is named after its row in docs/reliability.md, "Studies as people send
 
 import csv
 import gzip
+import itertools
 import os
 import subprocess
 import sys
@@ -81,14 +82,27 @@ def test_s2_words_for_missing_mean_missing_in_every_column(tmp_path, word):
 @pytest.mark.parametrize("text", [
     "subject,fmri,dmri,,\n1,a,b,,\n,,,,\n", 'subject, fmri, dmri\n1, "a", "b"\n',
     "subject,age,age,fmri,dmri\n1,2,3,a,b\n",
-    "\ufeffsubject;fmri;dmri\r\n1;a;b\r\n", "subject\tnote, long\tfmri\tdmri\n1\tx, y\ta\tb\n", "\n1,a,b\n",
-    "subject,,fmri,dmri,\n1,x,a,b\n", '"subject","fmri","dmri"\n"1","a","b"\n', "subject,fmri,dmri\n1,a,b,c,d\n\n\n"])
+    "\ufeffsubject;fmri;dmri\r\n1;a;b\r\n", "subject\tnote, long\tfmri\tdmri\n1\tx, y\ta\tb\n",
+    "subject,,fmri,dmri,\n1,x,a,b\n", '"subject","fmri","dmri"\n"1","a","b"\n', "subject,fmri,dmri\n1,a,b,,\n\n\n",
+    "subject,fmri,dmri\r1,a,b\r", "sep=;\nsubject;fmri;dmri\n1;a;b\n", "\n\nsubject,fmri,dmri\n1,a,b\n",
+    'subject;fmri;dmri;"age, in years, at, scan"\n1;a;b;70\n', "subject\tfmri\tdmri,,,,,\n1\ta\tb\n"][:-1])
 def test_s5_what_spreadsheets_write(tmp_path, text):
-    if text.startswith("\n"):
-        assert "needs one column subject" in refusal(write(tmp_path, text))
-        return
     (pair,), problems = find_pairs(write(tmp_path, text), BOTH)
     assert pair.files == {"fmri": tmp_path / "a", "dmri": tmp_path / "b"} and problems == []
+
+
+@pytest.mark.parametrize("text, message", [
+    ("\n1,a,b\n", "needs one column subject"),
+    ("subject,site,fmri,dmri\nsub-01,Aachen, DE,a,b\n", "line 2 has more cells"),
+    ("subject,fmri,dmri\n" + "1,a,b\n" * 500_001, "more than 500,000 rows"), ("a,b\n1,2\n", "it has a, b")])
+def test_s5_what_would_be_misread_is_refused(tmp_path, text, message):
+    assert message in refusal(write(tmp_path, text))
+
+
+def test_s5_participants_with_the_line_ends_of_old_macs(tmp_path):
+    touch(tmp_path, "sub-1/func/sub-1_bold.nii.gz", "sub-1/dwi/sub-1_dwi.nii.gz")
+    (tmp_path / "participants.tsv").write_bytes(b"participant_id\tgroup\rsub-1\tAD\r")
+    assert [pair.group for pair in find_pairs(tmp_path, BOTH)[0]] == ["AD"]
 
 
 def test_s6_home_and_variables_in_cells_and_settings(tmp_path, monkeypatch, capsys):
@@ -98,6 +112,9 @@ def test_s6_home_and_variables_in_cells_and_settings(tmp_path, monkeypatch, caps
     first, second = find_pairs(write(tmp_path, text), BOTH)[0]
     assert first.files == {"fmri": tmp_path / "home/a", "dmri": tmp_path / "scans/b"}
     assert second.files == {"fmri": tmp_path / "scans/c", "dmri": tmp_path / "~d"}
+    (tmp_path / "cost$5.nii").touch()  # a name that is there is a name
+    text = "subject,fmri,dmri\n1,cost$5.nii,b\n"
+    assert find_pairs(write(tmp_path, text), BOTH)[0][0].files["fmri"] == tmp_path / "cost$5.nii"
     for cell in ("~nobody-here/a", "$NOT_SET/a", "x/${NOT_SET}"):
         said = refusal(write(tmp_path, f"subject,fmri,dmri\n1,{cell},b\n"))
         assert "line 2, column fmri" in said and repr(cell) in said
@@ -110,7 +127,7 @@ def test_s6_home_and_variables_in_cells_and_settings(tmp_path, monkeypatch, caps
         settings.validate()
         assert getattr(settings, name) == str(tmp_path / "home/x")
         assert main.main([f"--{name}", "$NOT_SET/x"]) == 2 and f"opt.{name} = '$NOT_SET/x'" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cost$5.nii", "pairs.csv"]
 
 
 def test_s11_letters_that_the_locale_lacks(tmp_path):
@@ -152,6 +169,12 @@ def test_s3_a_scan_above_the_sessions(tmp_path):
     pairs, problems = find_pairs(tree, T1_BOLD, share_scans=True)
     assert [pair.name for pair in pairs if pair.subject == "sub-02"] == ["sub-02_ses-1", "sub-02_ses-2"]
     assert problems == []
+    touch(tree, "sub-05/anat/sub-05_T1w.nii.gz", "sub-05/func/sub-05_bold.nii.gz",  # a visit, and more than that
+          "sub-05/ses-1/func/sub-05_ses-1_bold.nii.gz", "sub-05/ses-2/func/sub-05_ses-2_bold.nii.gz")
+    names = [pair.name for pair in find_pairs(tree, T1_BOLD, share_scans=True)[0] if pair.subject == "sub-05"]
+    assert names == ["sub-05", "sub-05_ses-1", "sub-05_ses-2"]
+    pairs, _ = find_pairs(tree, T1_BOLD, ("sub-05",), share_scans=True)
+    assert not [pair for pair in pairs if pair.subject == "sub-05"]
     touch(tree, "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii.gz")  # its own comes first
     assert find_pairs(tree, T1_BOLD, share_scans=True)[0][1].files["T1w"].parent.parent.name == "ses-1"
 
@@ -188,7 +211,8 @@ def test_s3_the_first_in_natural_order_is_used(names):
 
 
 def test_h8_links_of_a_tree(tmp_path):
-    tree = touch(tmp_path / "t", "sub-1/func/sub-1_bold.nii.gz", "sub-1/dwi/sub-1_dwi.nii.gz")
+    tree = touch(tmp_path / "t", "sub-1/func/sub-1_bold.nii.gz", "sub-1/dwi/sub-1_dwi.nii.gz",
+                 "sub-3/func/sub-3_bold.nii.gz", "sub-3/dwi/sub-3_dwi.nii.gz")
     place = tree / "sub-1/deep"
     for _ in range(30):  # 2^30 ways to the last folder
         place.mkdir()
@@ -202,7 +226,7 @@ def test_h8_links_of_a_tree(tmp_path):
     (tree / "sub-1/root").symlink_to("/")  # the whole disk
     start = time.monotonic()
     pairs, problems = find_pairs(tree, BOTH)
-    assert [pair.name for pair in pairs] == ["sub-1"] and problems == [] and time.monotonic() - start < 5
+    assert [pair.name for pair in pairs] == ["sub-1", "sub-3"] and problems == [] and time.monotonic() - start < 5
 
 
 def test_b5_subject_and_session_mean_the_same_in_tables_and_trees(tmp_path):
@@ -305,6 +329,11 @@ def test_h11_what_is_legal_stays_legal(tmp_path):
     for make in (lambda v: v > 12, lambda v: v * 1e6, lambda v: v * 1e-6, lambda v: v + 1e4, lambda v: np.round(v)):
         volume, _, _ = normalise(make(voxels).astype(np.float32), tmp_path, "minmax")
         assert volume.min() == -1 and volume.max() == 1
+    small = np.zeros((40, 40, 40))  # in a large field of view, resampled
+    small[10:22, 10:22, 10:22] = 100 + 10 * np.random.default_rng(0).normal(size=(12, 12, 12))
+    for noise, intensity in itertools.product((0, 1e-9, 1e-5), ("percentile", "minmax", "brain_percentile")):
+        noisy = small + noise * np.random.default_rng(1).normal(size=small.shape)
+        assert np.unique(normalise(noisy.astype(np.float32), tmp_path, intensity)[0]).size > 1000
     assert Scan(voxels, AFFINE).doubts == ()
 
 
@@ -335,4 +364,8 @@ def test_h8_a_folder_without_permission_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", deny)
-    assert f"{tree}/sub-1/dwi: cannot be read (Permission denied)" in refusal(tree)
+    touch(tree, "sub-2/func/sub-2_bold.nii.gz", "sub-2/x/sub-2_dwi.nii.gz", "sub-3/func/sub-4_bold.nii.gz")
+    said = refusal(tree)
+    assert f"{tree}/sub-1/dwi: cannot be read (Permission denied)" in said and "sub-3" in said
+    pairs, problems = find_pairs(tree, BOTH, ("sub-1", "3"))  # as the message says
+    assert [pair.name for pair in pairs] == ["sub-2"] and problems == []

@@ -82,7 +82,7 @@ def test_a_visit_without_one_modality_is_listed_and_left_out(tree, tmp_path):
     ("subject,fmri,dmri\n1,a,\n", "no subject has both"),
     ("", "needs one column subject"),
     ("subject,fmri,dmri,fold\n1,a,b,x\n", "fold 'x' is not 0, 1"),
-    ("subject|fmri|dmri\n1|a|b\n", "separated by commas or tabs"),
+    ("subject|fmri|dmri\n1|a|b\n", "separated by commas, tabs or semicolons"),
     ("subject,fmri,dmri,fmri\n1,a,b,c\n", "needs one column fmri"),
     ("subject,fmri,dmri,group\n1,a,b,\"MCI\n2,c,d,NC\n", "cannot be read as a table"),
     ("subject,fmri,dmri\n1,a\0,b\n", "NUL"),

@@ -54,7 +54,7 @@ HEADERS = {  # fault: (offset, bytes) in the header, and what the message says
         (4321, "datatype = 4321"), (32, "its voxels are complex"), (128, "its voxels are colours"))},
     "zeros": ([(SROW, bytes(48))], "affine is not invertible"),
     "nan": ([(SROW, struct.pack("<12f", *[np.nan] * 12))], "affine is not invertible"),
-    "voxels": ([(VOXELS, np.full(8000, np.nan, "<f4").tobytes())], "no finite voxel"),
+    "voxels": ([(VOXELS, np.full(8000, np.nan, "<f4").tobytes())], "no voxel that is finite"),
     "rotation": ([(FORMS, struct.pack("<2h", 1, 0)), (256, struct.pack("<3f", 0.9, 0.9, 0))], "is no rotation"),
     "far": ([(SROW + 12, struct.pack("<f", 1e9))], "not in mm")}
 DAMAGED = {  # fault: content of a .nii.gz file -> damaged content, and what the message says

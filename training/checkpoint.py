@@ -1,6 +1,7 @@
 """Checkpoints: save and load walk the same named parts. Files hold plain tensors and plain values only, no code."""
 
 import hashlib
+import os
 import time
 import uuid
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from opt import names_affecting
 from training.distributed import is_main_rank, same_on_all_ranks
 from training.schema import problems_of_content
 from utils.errors import UserError
@@ -48,7 +50,7 @@ class Checkpoint:
         Raises UserError where a file belongs to another run: that is neither resumed nor overwritten.
         """
         candidates = [path for path in dict.fromkeys((self.last, self.best, requested))
-                      if path and (path == requested or path.exists())]
+                      if path and (path == requested or os.path.exists(path))]
         found, damaged = {}, {}
         for path in candidates:
             try:
@@ -95,8 +97,8 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
 
     Raises DamagedError where the file is not complete, UserError where it cannot be used here.
     """
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "there is no such checkpoint"
+    if not os.path.isfile(path):  # no error where its folder may not be looked at
+        what = "is not a file" if os.path.exists(path) else "there is no such checkpoint, or it may not be read"
         raise UserError(f"{path}: {what}. Move away what is in its place, and set opt.resume_path to a checkpoint that "
                         "exists: best_model.pth to start stage 2, last_refine.pth, which contains its backbone, to "
                         "resume it; leave it empty for stage 1")
@@ -112,6 +114,9 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
         backbone = state.get("backbone")
         has_one = isinstance(backbone, dict) and backbone.get("stage") == STAGE_1
         problems = problems_of_content(backbone, PARTS[1:]) if has_one else ["it has no backbone"]
+        problems += [f"backbone/options/{name}: differs from that of the checkpoint"
+                     for name in sorted(names_affecting("data", "network")) if not problems
+                     and _as_tuples(backbone["options"][name]) != _as_tuples(state["options"][name])]
     if problems:
         raise UserError("\n  ".join((f"{path}: is not a checkpoint of this version of PDS; use another:", *problems)))
     return state

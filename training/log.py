@@ -39,7 +39,7 @@ class Log:
         owner, header = path.with_name("run_id.txt"), ",".join(columns) + "\n"
         text, known = map(_text_of, (path, owner))
         rows = re.findall(rf"^((\w+),(\d{{1,18}})(?:,[^,\n\0]*){{{len(columns) - 2}}}\n)", text, re.M)  # none is torn
-        if (path.exists() and not text.startswith(header)) or (rows and known.strip() != run_id):
+        if (os.path.exists(path) and not text.startswith(header)) or (rows and known.strip() != run_id):
             raise UserError(f"{path}: belongs to another run than opt.checkpoint_dir, or cannot be read. Move the "
                             "old results away, or choose another opt.result_dir")
         write_text(path, header + "".join(row for row, kind, at in rows if int(at) < step + (kind == "training")))

@@ -204,7 +204,10 @@ def saved_where_a_file_fails(run: Checkpoint) -> Iterator[None]:
     try:
         yield
     except DataError:
-        run.save(run.last)
+        try:
+            run.save(run.last)
+        except UserError as error:
+            print(f"note: {error}")
         raise
 
 

@@ -5,14 +5,11 @@ import math
 import re
 import reprlib
 
-import numpy as np
-
 from data.alignment import Alignment
+from data.volumes import LARGEST, is_affine
 from opt import Options
 from utils.errors import UserError
 from utils.settings import problems_of
-
-LARGE = 1e15  # no intensity or length is larger
 
 
 def settings_of(options: object) -> Options:
@@ -48,14 +45,14 @@ def problems_of_content(state: dict, parts: tuple[str, ...]) -> list[str]:
         "step": (type(state.get("step")) is int and 0 <= state["step"] < 2**63, "a count"),
         "best": (type(state.get("best")) is float and not math.isnan(state["best"]), "a number"),
         "run_id": (isinstance(state.get("run_id"), str) and re.fullmatch("[0-9a-f]{32}", state["run_id"]), "32 digits"),
-        "fingerprints": (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values()), "texts"),
+        "fingerprints": (isinstance(texts, dict) and texts.keys() >= {"data", "split", "pattern"}
+                         and all(isinstance(text, str) for text in texts.values()), "hashes of data, split, pattern"),
         "groups": (isinstance(groups, list) and all(isinstance(group, str) and group for group in groups)
                    and len({*groups}) == len(groups), "different names"),
         "ranges": (each(state.get("ranges"), 2) and all(low < high for low, high in state["ranges"].values()),
                    "a smallest and a largest intensity of each modality"),
-        "affines": (each(state.get("affines"), 4, 4) and all(abs(np.linalg.det(affine)) > 1e-9
-                                                             for affine in state["affines"].values()),
-                    "an invertible affine (4, 4) of each modality"),
+        "affines": (each(state.get("affines"), 4, 4) and all(map(is_affine, state["affines"].values())),
+                    "an invertible affine (4, 4), in mm, of each modality"),
         "alignment": (_is_alignment(state.get("alignment"), each), "as data/alignment.py writes it"),
         **{part: (isinstance(state.get(part), dict), "a state dict") for part in parts}}
     return [f"{name} = {reprlib.repr(state.get(name))}: must be {wanted}"
@@ -65,7 +62,7 @@ def problems_of_content(state: dict, parts: tuple[str, ...]) -> list[str]:
 def _numbers(value: object, *shape: int) -> bool:
     """Whether nested lists of this shape hold finite numbers."""
     if not shape:
-        return type(value) in (int, float) and abs(value) < LARGE  # NaN is not
+        return type(value) in (int, float) and abs(value) < LARGEST  # NaN is not
     return (isinstance(value, (list, tuple)) and len(value) == shape[0]
             and all(_numbers(each, *shape[1:]) for each in value))
 

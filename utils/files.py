@@ -54,8 +54,13 @@ def read_json(path: str | Path) -> object:
         raise ValueError("it is nested too deeply") from None
 
 
-def expanded(path: str) -> str:
-    """A path in which ~ and $VARIABLES are replaced. Raises ValueError where one has no value, or the path no name."""
+def expanded(path: str, folder: str | Path = ".") -> str:
+    """A path, relative to `folder`, in which ~ and $VARIABLES are replaced, unless there is a file of just this name.
+
+    Raises ValueError where one of them has no value, or the path cannot be written here.
+    """
+    if os.path.lexists(os.path.join(folder, path)):
+        return path
     found = os.path.expanduser(os.path.expandvars(path))
     if found.startswith("~") or re.search(r"\$(\w|\{)", found):
         raise ValueError("it has a ~ or $ that stands for nothing here: write the path out, or ./~ if it is a name")
