@@ -1,5 +1,6 @@
 """The losses: pattern-aware (stage 1); tissue, structure, microstructure (stage 2). Volumes are (B, 1, X, Y, Z)."""
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -61,14 +62,18 @@ def structure_loss(refined: Tensor, truth: Tensor) -> Tensor:
 
 def gaussian_means(x: Tensor) -> Tensor:
     """Gaussian means of (B, C, X, Y, Z) wherever the whole window fits: each axis loses 2 SSIM_RADIUS voxels."""
-    places = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, device=x.device, dtype=x.dtype)
+    for axis in (2, 3, 4):  # a banded matrix per axis: much faster on a CPU than a convolution of few channels
+        x = torch.movedim(torch.movedim(x, axis, -1) @ gaussian_band(x.shape[axis], x.device, x.dtype).T, -1, axis)
+    return x
+
+
+@functools.lru_cache(12)  # both sizes
+def gaussian_band(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n - 2 SSIM_RADIUS, n): row k has the window's weights from column k on."""
+    places = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, device=device, dtype=dtype)
     weights = torch.exp(-0.5 * (places / SSIM_SIGMA) ** 2)
     weights = weights / weights.sum()
-    for axis in (2, 3, 4):  # a banded matrix per axis: much faster on a CPU than a convolution of few channels
-        n = x.shape[axis]
-        band = torch.stack([F.pad(weights, (k, n - len(weights) - k)) for k in range(n - len(weights) + 1)])
-        x = torch.movedim(torch.movedim(x, axis, -1) @ band.T, -1, axis)
-    return x
+    return torch.stack([F.pad(weights, (k, n - len(weights) - k)) for k in range(n - len(weights) + 1)])
 
 
 def x0_error(x0: Tensor, truth: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from models.unet import DualModalUNet
 from tests.test_unet import CONFIG, SIZES, T5, noise, randomised
+from training.muon import Muon, orthogonalised
 from training.optimise import FIRST_SCALE, MUON_DECAY, MUON_RATE, STEPS_BEFORE_RAISE, Optimiser
 
 
@@ -76,3 +77,25 @@ def test_hidden_matrices_decay_and_nothing_else_does():
     for name, parameter in model.named_parameters():
         kept = 1 - 1e-3 * MUON_RATE * MUON_DECAY if name == "hidden.weight" else 1
         torch.testing.assert_close(parameter.detach(), kept * before[name])
+
+
+def test_muon_takes_the_steps_of_torch():
+    torch.manual_seed(0)
+    shapes = [(32, 864)] * 3 + [(128, 128)] * 2 + [(384, 128), (192, 64), (64, 1728)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(matrix.detach().clone()) for matrix in ours]
+    optimisers = Muon(ours, 0.02, 0.3), torch.optim.Muon(theirs, 0.02, 0.3)
+    for _ in range(5):
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)  # equal on most processors; a step has length 0.02
+
+
+def test_orthogonalised_matrices_have_singular_values_of_about_one():
+    for shape in ((5, 8, 20), (3, 20, 8), (1, 9, 9)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape)).float())
+        assert values.min() > 0.5 and values.max() < 1.5

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.distributed import all_reduce_sum, world_size
+from training.muon import Muon
 from utils.errors import UserError
 from utils.tensors import copied
 
@@ -23,7 +24,7 @@ COUNTERS = ("taken", "bad_in_a_row", "loss_scale", "since_overflow")  # saved wi
 class Optimiser:
     """Muon or Adam with warm-up, decay at the end and gradient clipping. learning_rate is Adam's peak.
 
-    kind "muon" (torch.optim.Muon; Jordan et al. 2024) orthogonalises the update of every hidden weight matrix, where a
+    kind "muon" (Jordan et al. 2024) orthogonalises the update of every hidden weight matrix, where a
     convolution is the matrix from its inputs and taps to its outputs; the networks' outer layers, biases and norms stay
     with Adam. float16: scale the loss, so that small gradients do not vanish; the scale falls after an overflow and
     rises after STEPS_BEFORE_RAISE steps without one.
@@ -39,8 +40,7 @@ class Optimiser:
         self.optimisers = {"adam": torch.optim.Adam([p for name, p in named.items() if name not in hidden],
                                                     lr=learning_rate, fused=True)}
         if self.matrices:
-            self.optimisers["muon"] = torch.optim.Muon([matrix for _, matrix in self.matrices], lr=learning_rate,
-                                                       weight_decay=MUON_DECAY)
+            self.optimisers["muon"] = Muon([matrix for _, matrix in self.matrices], learning_rate, MUON_DECAY)
         self.peak, self.warmup, self.total, self.clip = learning_rate, warmup_steps, total_steps, gradient_clip
         self.taken, self.bad_in_a_row = 0, 0  # steps that were taken: the position in the schedule
         self.float16, self.since_overflow = float16, 0
