@@ -148,7 +148,8 @@ class Options(Settings):
     # ---- Output
     checkpoint_dir: str = path("./checkpoints")  # folder of {best,last}_{model,refine}.pth
     result_dir: str = path("./results")  # folder of figures, NIfTI volumes, log.csv, metrics.csv
-    checkpoint_every: int = setting(100, at_least=1, affects="nothing")  # steps between saves (also after every epoch)
+    # steps between saves; also at the end of an epoch, once a minute
+    checkpoint_every: int = setting(100, at_least=1, affects="nothing")
     validate_every: int = setting(10, at_least=1, affects="nothing")  # epochs between validations (also at the end)
     num_samples: int = setting(2, at_least=1, affects="nothing")  # subjects in a sample grid
     tensorboard: bool = setting(True, affects="nothing")  # also log there, if installed: tensorboard --logdir results

@@ -1,6 +1,7 @@
 """Checkpoints: save and load walk the same named parts. Files hold plain tensors and plain values only, no code."""
 
 import hashlib
+import math
 import os
 import time
 import uuid
@@ -34,6 +35,7 @@ class Checkpoint:
         self.stage, self.parts, self.metadata, self.initial_best = stage, parts, metadata, initial_best
         self.last, self.best = (folder / name for name in FILES[stage])
         self.step, self.best_value, self.run_id = 0, initial_best, uuid.uuid4().hex
+        self.saved_at = -math.inf  # seconds of time.monotonic()
 
     def save(self, path: Path) -> None:
         """Write `last` or `best` on the main rank; the file always holds a complete checkpoint. Raises UserError."""
@@ -42,6 +44,7 @@ class Checkpoint:
                      "run_id": self.run_id, **self.metadata,
                      **{name: part.state_dict() for name, part in self.parts.items()}}
             replace_file(path, lambda file: torch.save(state, file))
+        self.saved_at = time.monotonic()
 
     def resume(self, requested: Path | None, may_change: set[str]) -> bool:
         """Load the newest of the folder's files and the requested one (from anywhere); False where there is none.

@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.figures import Panel, save_grid
 from utils.stop import Interrupted, stop
 
+SAVE_SECONDS = 60  # between the saves at the ends of epochs, which may be shorter than a save
 TIMED_STEPS = 10  # after the first step; then the time of an epoch is printed
 MicroBatch = tuple[str, list[int], float]  # target; places in the batch, 0 .. B - 1; weight of its loss
 
@@ -154,7 +155,7 @@ def fit(stage: Stage) -> bool:
                         log.picture(picture, run.step)
                 if stop_requested_on_any_rank():
                     break
-            if is_due(per_epoch) or is_due(opt.checkpoint_every):
+            if is_due(opt.checkpoint_every) or (is_due(per_epoch) and time.monotonic() > run.saved_at + SAVE_SECONDS):
                 run.save(run.last)
             if run.step >= total:
                 finished = True
