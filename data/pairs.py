@@ -102,10 +102,10 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
     """Names that cannot become file names, visits listed twice, and files used twice."""
     listed, by_file, problems, real = {}, {}, [], functools.lru_cache(2**20)(os.path.realpath)
     for visit in visits:
-        if not re.fullmatch(r"[\w.+-]+", visit.name) or len(os.fsencode(visit.name)) > MAX_NAME:
-            problems.append(Problem(repr(visit.name), "subject and session become file names: only letters, digits and "
-                                    f". _ + - are allowed, {MAX_NAME} bytes at most (a letter takes 1 to 4)",
-                                    "rename the subject", visit.name))
+        if not re.fullmatch(r"[\w.+-]+", visit.name) or not _is_file_name(visit.name):
+            problems.append(Problem(repr(visit.name), "subject and session become file names: only letters that the "
+                                    f"locale has, digits and . _ + - are allowed, {MAX_NAME} bytes at most (a letter "
+                                    "takes 1 to 4)", "rename the subject, or set PYTHONUTF8=1", visit.name))
         keys = (visit.person, _canonical(visit.session, "ses")), visit.name
         others = [listed.setdefault(key, visit) for key in keys]
         if other := next((other for other in others if other is not visit), None):
@@ -119,6 +119,13 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
                 problems.append(Problem(str(file), f"is both the {its_modality} of {owner.name} and the {modality} of "
                                         f"{visit.name}", "correct one of the two paths", visit.name))
     return problems
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        return len(os.fsencode(name)) <= MAX_NAME
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_table(table: Path, key: str, delimiters: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

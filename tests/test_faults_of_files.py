@@ -172,6 +172,18 @@ def test_h2_and_so_is_a_field_of_the_backbone(trained, tmp_path, field, value):
         read_checkpoint(path, (STAGE_2,))
 
 
+def test_h2_values_without_an_end_are_refused_at_once(trained, tmp_path):
+    twice = ["x"]
+    for _ in range(60):
+        twice = [twice, twice]
+    for value in (twice, tuple(twice), "x" * 10**6, 2**70, {"a": twice}):
+        for name in ("augment", "bids_suffix", "image_size", "exclude"):
+            path = changed(trained / "checkpoints/best_model.pth", tmp_path / "x.pth", f"options/{name}", value)
+            with pytest.raises(UserError, match="x.pth: is not a checkpoint of this version") as refusal:
+                read_checkpoint(path, (STAGE_1,))
+            assert len(str(refusal.value)) < 5000
+
+
 def first_weight(make):
     """Replaces one weight of a state dict by make(weight)."""
     def change(state):

@@ -11,12 +11,13 @@ from opt import Options
 from utils.errors import UserError
 from utils.settings import problems_of
 
+MOST = 100_000  # values in the settings of a checkpoint, letters in one of them
 
 def settings_of(options: object) -> Options:
     """The settings in a checkpoint. Raises UserError."""
     names = {field.name for field in dataclasses.fields(Options)}
-    if not isinstance(options, dict) or options.keys() != names:
-        found = set(options) if isinstance(options, dict) else set()
+    if not isinstance(options, dict) or not _is_short(options) or options.keys() != names:
+        found = set(options) if isinstance(options, dict) and _is_short(options) else set()
         raise UserError(f"options: not those of this version of PDS ({reprlib.repr(sorted(map(str, names ^ found)))})")
     settings = Options(**options)
     if problems := problems_of(settings):
@@ -57,6 +58,22 @@ def problems_of_content(state: dict, parts: tuple[str, ...]) -> list[str]:
         **{part: (isinstance(state.get(part), dict), "a state dict") for part in parts}}
     return [f"{name} = {reprlib.repr(state.get(name))}: must be {wanted}"
             for name, (right, wanted) in rules.items() if not right]
+
+
+def _is_short(value: object) -> bool:
+    """Whether plain values are few and short: a list that holds one list twice, and so on, has no end when shown."""
+    values = [value]
+    for seen, each in enumerate(values):  # grows meanwhile
+        if seen == MOST:
+            return False
+        if isinstance(each, (list, tuple)):
+            values += each
+        elif isinstance(each, dict):
+            values += [*each.keys(), *each.values()]
+        elif not ((isinstance(each, str) and len(each) < MOST) or each is None
+                  or (isinstance(each, (bool, int, float)) and not abs(each) > 2**64)):
+            return False
+    return True
 
 
 def _numbers(value: object, *shape: int) -> bool:
