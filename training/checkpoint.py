@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from opt import names_affecting
 from training.distributed import is_main_rank, same_on_all_ranks
-from training.schema import problems_of_content
+from training.schema import OF_BOTH_STAGES, problems_of_content
 from utils.errors import UserError
 from utils.files import replace_file
 from utils.tensors import UNFIT, DamagedError, load_weights, one_line, read_tensors
@@ -106,20 +105,19 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
                         "exists: best_model.pth to start stage 2, last_refine.pth, which contains its backbone, to "
                         "resume it; leave it empty for stage 1")
     state = read_tensors(path, "a checkpoint of PDS")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("stage") not in (STAGE_1, STAGE_2):
         raise UserError(f"{path}: is not a checkpoint of this version of PDS; train again, or use the version that "
                         "wrote it")
-    if state.get("stage") not in stages:
-        raise UserError(f"{path}: is a checkpoint of {state.get('stage')}, but {' or '.join(stages)} is needed; set "
+    if state["stage"] not in stages:
+        raise UserError(f"{path}: is a checkpoint of {state['stage']}, but {' or '.join(stages)} is needed; set "
                         "opt.resume_path to best_model.pth for stage 2, and leave it empty for stage 1")
     problems = problems_of_content(state, PARTS)
     if state["stage"] == STAGE_2 and not problems:
         backbone = state.get("backbone")
         has_one = isinstance(backbone, dict) and backbone.get("stage") == STAGE_1
         problems = problems_of_content(backbone, PARTS[1:]) if has_one else ["it has no backbone"]
-        problems += [f"backbone/options/{name}: differs from that of the checkpoint"
-                     for name in sorted(names_affecting("data", "network")) if not problems
-                     and _as_tuples(backbone["options"][name]) != _as_tuples(state["options"][name])]
+        problems += [f"backbone/options/{name}: differs from that of the checkpoint" for name in OF_BOTH_STAGES
+                     if not problems and _as_tuples(backbone["options"][name]) != _as_tuples(state["options"][name])]
     if problems:
         raise UserError("\n  ".join((f"{path}: is not a checkpoint of this version of PDS; use another:", *problems)))
     return state

@@ -7,10 +7,11 @@ import reprlib
 
 from data.alignment import Alignment
 from data.volumes import LARGEST, is_affine
-from opt import Options
+from opt import Options, names_affecting
 from utils.errors import UserError
 from utils.settings import problems_of
 
+OF_BOTH_STAGES = sorted(names_affecting("data", "network"))
 MOST = 100_000  # values in the settings of a checkpoint, letters in one of them
 
 def settings_of(options: object) -> Options:
