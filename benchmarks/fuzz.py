@@ -3,9 +3,9 @@
     python -m benchmarks.fuzz --checkpoints 2000 --volumes 2000 --tables 1000
 
 Every file is used in a child process of its own with limits on its memory and time, by the real program: checkpoints by
-sample.py, by stage 2 and by resuming; volumes, tables and trees by `python main.py --check`, with a stop request after
-their first pair. A case is survived where the child ends with status 0, 2 or 3, prints no traceback, and leaves every
-input file as it was. Prints a table, and the seed and number of each case that is not survived: `--only 17` repeats it.
+sample.py, by stage 2 and by resuming; volumes, tables and trees by `python main.py --check`. A case is survived where
+the child ends with status 0, 2 or 3 within the limits, prints no traceback, and leaves every input file as it was.
+Prints a table, and the number of each case that is not survived: `--only 17` repeats it.
 """
 
 import argparse
@@ -236,7 +236,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def fuzz(study: Fuzz, name: str, make: Callable, count: int, seed: int, only: int | None) -> list[str]:
     """Try so many cases of a kind; returns a row of the table."""
-    outcomes, lost, longest, before = Counter(), [], 0.0, fingerprint(study.folder)
+    outcomes, lost, longest, largest, before = Counter(), [], 0.0, 0.0, fingerprint(study.folder)
     for number in tqdm(range(count) if only is None else [only], desc=name):
         case = study.folder / "case"
         case.mkdir()
@@ -245,7 +245,9 @@ def fuzz(study: Fuzz, name: str, make: Callable, count: int, seed: int, only: in
         said = (study.folder / "log.txt").read_text(errors="replace")
         longest = max(longest, seconds)
         outcomes[status] += 1
-        if status not in SURVIVED or "Traceback" in said or fingerprint(study.folder) != before:
+        largest = max(largest, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)  # KiB on Linux
+        fine = status in SURVIVED and "Traceback" not in said and "out of memory" not in said
+        if not fine or fingerprint(study.folder) != before:
             lost.append(number)
             tqdm.write(f"{name} {number}: status {status}, {seconds:.0f} s\n{said[-1500:]}")
         elif only is not None:
@@ -253,7 +255,7 @@ def fuzz(study: Fuzz, name: str, make: Callable, count: int, seed: int, only: in
         shutil.rmtree(case)
         (study.folder / "log.txt").unlink()
     return [name, str(sum(outcomes.values())), *(str(outcomes[status]) for status in SURVIVED), f"{longest:.1f}",
-            str(len(lost)), " ".join(map(str, lost[:10]))]
+            f"{largest:.2f}", str(len(lost)), " ".join(map(str, lost[:10]))]
 
 
 def main() -> None:
@@ -266,7 +268,8 @@ def main() -> None:
     torch.set_num_threads(1)  # a process with threads cannot be forked
     with tempfile.TemporaryDirectory() as folder:
         study = Fuzz(Path(folder))
-        lines = [["files", "cases", "finished", "refused", "stopped", "longest, s", "not survived", "numbers"]]
+        lines = [["files", "cases", "finished", "refused", "stopped", "longest, s", "largest so far, GiB",
+                  "not survived", "numbers"]]
         lines.append(["---"] * len(lines[0]))
         makers = {"checkpoints": study.checkpoint, "volumes": study.volume, "tables": study.table_or_tree}
         for name, make in makers.items():

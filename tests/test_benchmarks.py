@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from benchmarks import (
     augmentation,
     chart,
     equal_time,
+    fuzz,
     group_difference,
     realism,
     sampling,
@@ -25,7 +27,7 @@ from benchmarks import (
 )
 from data.study import read_study
 from opt import PRESETS, opt
-from tests.conftest import SIZES, arguments, read_csv, refine_arguments
+from tests.conftest import SIZES, arguments, read_csv, refine_arguments, run_code
 from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.files import write_table
@@ -169,3 +171,19 @@ def test_a_chart_has_round_ticks_that_include_all_points(tmp_path):
     assert chart.ticks(0, 0.034) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
     chart.save_chart(tmp_path / "chart.png", {"one": np.array([[6, 27.0]])}, "x", "y")
     assert (np.asarray(Image.open(tmp_path / "chart.png")) == (0, 0, 255)).all(axis=2).sum() > 20
+
+
+def test_changed_files_are_survived_and_counted():
+    done = run_code("import sys; from benchmarks import fuzz; fuzz.main()", "--checkpoints", "3", "--volumes", "2",
+                    "--tables", "3", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()
+            if line.startswith(("| checkpoints", "| volumes", "| tables"))]
+    assert [(row[0][2:], int(row[1]), int(row[7])) for row in rows] == [
+        ("checkpoints", 3, 0), ("volumes", 2, 0), ("tables", 3, 0)]
+
+
+def test_a_case_that_fails_is_counted_and_shown(tmp_path):
+    status, _ = fuzz.in_a_child(lambda words: 1 / len(words), [], tmp_path / "log.txt")
+    assert status == 1 and "ZeroDivisionError" in (tmp_path / "log.txt").read_text()
+    assert fuzz.in_a_child(lambda words: os.kill(os.getpid(), 9), [], tmp_path / "log.txt")[0] == -9
