@@ -121,6 +121,19 @@ def test_h1_an_expanded_element_is_copied_into_memory_of_its_own():
     assert all((old != new).any() for old, new in zip(before, model.parameters()))
 
 
+def test_h1_a_parameter_without_a_gradient_has_no_moments_and_the_run_resumes(tmp_path):
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    optimisers = [Optimiser(model, 0.1, 1, 10, 1.0, "muon") for _ in range(2)]
+    loss = model["used"](torch.ones(1, 2)).sum()
+    loss.backward()
+    optimisers[0].step(loss.detach(), "step 1")
+    optimisers[1].load_state_dict(optimisers[0].state_dict())
+    for kind in ("adam", "muon"):
+        one, other = (optimiser.state_dict()[kind] for optimiser in optimisers)
+        assert [bool(moments) for moments in one] == [True, False] and [{*m} for m in one] == [{*m} for m in other]
+        assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
 def test_h1_a_resumed_run_refuses_such_moments(study_csv, trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     last = tmp_path / "checkpoints/last_model.pth"
@@ -170,6 +183,14 @@ def test_h2_and_so_is_a_field_of_the_backbone(trained, tmp_path, field, value):
     path = changed(trained / "checkpoints/best_refine.pth", tmp_path / "x.pth", field, value)
     with pytest.raises(UserError, match="x.pth: is not a checkpoint of this version of PDS"):
         read_checkpoint(path, (STAGE_2,))
+
+
+def test_h2_a_setting_that_opt_py_has_got_since_has_its_default(study_csv, trained, tmp_path):
+    path = changed(trained / "checkpoints/best_model.pth", tmp_path / "x.pth", "options",
+                   lambda options: {name: each for name, each in options.items() if name not in ("share_scans", "eta")})
+    assert read_checkpoint(path, (STAGE_1,))["options"]["eta"] == 0
+    assert sample.main(["--resume_path", str(path), "--data_root", str(study_csv), "--sample_dir", str(tmp_path / "s"),
+                        "--cache_dir", str(tmp_path / "c"), "--device", "cpu"]) == 0
 
 
 def test_h2_values_without_an_end_are_refused_at_once(trained, tmp_path):

@@ -102,9 +102,9 @@ class Optimiser:
         tqdm.write(f"note: {where}: loss or gradient is not finite, step skipped")
 
     def state_dict(self) -> dict:
-        """Counters, and of each optimiser and parameter the tensors of MOMENTS; none before the first step."""
+        """Counters, and of each optimiser and parameter the tensors of MOMENTS, if it has had a gradient."""
         return {**{name: getattr(self, name) for name in COUNTERS},
-                **{kind: [dict(optimiser.state[p]) for p in optimiser.param_groups[0]["params"] if p in optimiser.state]
+                **{kind: [dict(optimiser.state.get(p, {})) for p in optimiser.param_groups[0]["params"]]
                    for kind, optimiser in self.optimisers.items()}}
 
     def load_state_dict(self, state: dict) -> None:
@@ -116,9 +116,11 @@ class Optimiser:
             setattr(self, name, state[name])
         for kind, optimiser in self.optimisers.items():
             parameters, moments = optimiser.param_groups[0]["params"], state[kind]
-            if len(moments) not in (0, len(parameters)):
+            if len(moments) != len(parameters):
                 raise ValueError(f"{kind} has moments of {len(moments)} parameters instead of {len(parameters)}")
             for parameter, found in zip(parameters, moments):
+                if not found:
+                    continue
                 likes = {"step": parameter.new_zeros((), dtype=torch.float32)}
                 optimiser.state[parameter] = {name: copied(found[name], likes.get(name, parameter.detach()))
                                               for name in MOMENTS[kind]}

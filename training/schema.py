@@ -15,11 +15,11 @@ OF_BOTH_STAGES = sorted(names_affecting("data", "network"))
 MOST = 100_000  # values in the settings of a checkpoint, letters in one of them
 
 def settings_of(options: object) -> Options:
-    """The settings in a checkpoint. Raises UserError."""
-    names = {field.name for field in dataclasses.fields(Options)}
-    if not isinstance(options, dict) or not _is_short(options) or options.keys() != names:
-        found = set(options) if isinstance(options, dict) and _is_short(options) else set()
-        raise UserError(f"options: not those of this version of PDS ({reprlib.repr(sorted(map(str, names ^ found)))})")
+    """The settings in a checkpoint; one that opt.py has got since has its default. Raises UserError."""
+    if not isinstance(options, dict) or not options or not _is_short(options):
+        raise UserError(f"options = {type(options).__name__}: must be settings")
+    if unknown := options.keys() - {field.name for field in dataclasses.fields(Options)}:
+        raise UserError(f"options: there is no such setting: {reprlib.repr(sorted(map(str, unknown)))}")
     settings = Options(**options)
     if problems := problems_of(settings):
         raise UserError("; ".join(f"options: {problem}" for problem in problems))
@@ -30,13 +30,13 @@ def settings_of(options: object) -> Options:
 def problems_of_content(state: dict, parts: tuple[str, ...]) -> list[str]:
     """What is wrong with the fields of a checkpoint: messages with field, value and rule. parts: state dicts in it.
 
-    Adds "sizes" and "network", which follow from its settings.
+    Completes its settings, and adds "sizes" and "network", which follow from them.
     """
     try:
         settings = settings_of(state.get("options"))
     except UserError as error:
         return [str(error)]
-    state |= {"sizes": settings.image_sizes(), "network": settings.network_arguments()}
+    state |= {"options": settings.resolved(), "sizes": settings.image_sizes(), "network": settings.network_arguments()}
 
     def each(value: object, *shape: int) -> bool:
         return (isinstance(value, dict) and value.keys() == set(settings.modalities)
