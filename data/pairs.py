@@ -113,7 +113,8 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
                                     "keep only one of them, or fill the session column; if they are two people, rename "
                                     "one: case and zeros in front do not count", visit.name))
         for modality, file in visit.files.items():
-            path = os.path.realpath(file) if os.path.islink(file) else f"{real(file.parent)}/{file.name}"
+            folder, name = os.path.split(file)  # a study has few folders: most paths are resolved once
+            path = os.path.realpath(file) if os.path.islink(file) else f"{real(folder)}/{name}"
             owner, its_modality = by_file.setdefault(path, (visit, modality))
             if owner.person != visit.person or its_modality != modality:
                 problems.append(Problem(str(file), f"is both the {its_modality} of {owner.name} and the {modality} of "

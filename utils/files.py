@@ -59,11 +59,11 @@ def expanded(path: str, folder: str | Path = ".") -> str:
 
     Raises ValueError where one of them has no value, or the path cannot be written here.
     """
-    if os.path.lexists(os.path.join(folder, path)):
-        return path
-    found = os.path.expanduser(os.path.expandvars(path))
-    if found.startswith("~") or re.search(r"\$(\w|\{)", found):
-        raise ValueError("it has a ~ or $ that stands for nothing here: write the path out, or ./~ if it is a name")
+    found = path
+    if ("$" in path or path.startswith("~")) and not os.path.lexists(os.path.join(folder, path)):
+        found = os.path.expanduser(os.path.expandvars(path))
+        if found.startswith("~") or re.search(r"\$(\w|\{)", found):
+            raise ValueError("it has a ~ or $ that stands for nothing here: write the path out, or ./~ if it is a name")
     try:
         if b"\0" in os.fsencode(found):
             raise ValueError("it contains a NUL character")
