@@ -23,7 +23,15 @@ from train import Stage1
 from train_refine import Stage2
 from training.checkpoint import STAGE_1, STAGE_2, read_checkpoint
 from training.distributed import is_main_rank, local_main_first, process_group, under_torchrun, world_size
-from training.launch import FINISHED, REFUSED, STOPPED, choose_device, compute_dtype, run_program
+from training.launch import (
+    FINISHED,
+    REFUSED,
+    STOPPED,
+    choose_device,
+    precision_name,
+    run_program,
+    set_precision,
+)
 from training.loop import fit
 from utils.arguments import parse_arguments
 from utils.errors import UserError
@@ -37,7 +45,7 @@ def describe(settings, study: Study, device: torch.device) -> None:
     changed = [f"{name} = {value!r}" for name, value in settings.as_dict().items() if value != default[name]]
     subjects = [f"{len({study.pairs[i].person for i in members})} {role}" for role, members in study.roles.items()]
     sizes = [f"{modality} {'x'.join(map(str, size))}" for modality, size in study.sizes.items()]
-    precision = str(compute_dtype(settings.precision, device)).removeprefix("torch.")
+    precision = precision_name(settings.precision, set_precision(settings.precision, device))
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     print(f"device      {device}, {torch.get_num_threads()} threads, {precision}{ranks}\n"
           f"data        {settings.data_root}: {len(study.pairs)} pairs; subjects: {', '.join(subjects)}\n"

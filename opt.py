@@ -135,8 +135,9 @@ class Options(Settings):
     warmup_steps: int = setting(50, at_least=0)  # steps over which the learning rate rises to its peak
     ema_decay: float = setting(0.995, at_least=0, below=1)  # average of the weights: validated, sampled, saved as best
     gradient_clip: float = setting(1.0, at_least=0)  # largest gradient norm; 0: no clipping
-    # "auto": bfloat16 if the GPU or CPU (AMX) multiplies matrices in it, else float32. "fp16": for GPUs before Ampere
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # "auto": bfloat16 if the GPU or CPU (AMX) multiplies matrices in it, else float32. "fp16": for GPUs before Ampere.
+    # "fp32": float32 in every product; "tf32": in all but convolutions, which round their factors to 10 bits (GPUs)
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     device: str = setting("auto", affects="nothing")  # "auto", "cpu", "cuda", "cuda:1", ...
     seed: int = setting(0, at_least=0, affects="data")  # of the split, data order, initial weights and all noise
 
@@ -148,9 +149,11 @@ class Options(Settings):
     # ---- Output
     checkpoint_dir: str = path("./checkpoints")  # folder of {best,last}_{model,refine}.pth
     result_dir: str = path("./results")  # folder of figures, NIfTI volumes, log.csv, metrics.csv
-    # steps between saves; also at the end of an epoch, once a minute
+    # steps between saves; also at the end of an epoch
     checkpoint_every: int = setting(100, at_least=1, affects="nothing")
     validate_every: int = setting(10, at_least=1, affects="nothing")  # epochs between validations (also at the end)
+    # largest part of the time for saves, validations and pictures; they wait where they would take more, but not at the
+    max_overhead: float = setting(0.05, at_least=0, at_most=1, affects="nothing")  # end. 1: always when due
     num_samples: int = setting(2, at_least=1, affects="nothing")  # subjects in a sample grid
     tensorboard: bool = setting(True, affects="nothing")  # also log there, if installed: tensorboard --logdir results
     # save and stop this many minutes after the program started; run the same command to resume. 0: no limit

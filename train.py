@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.augment import load_batch, to_device
+from data.augment import load_batch
 from data.split import groups_to_learn
 from data.study import Study
 from models.diffusion import (
@@ -36,8 +36,9 @@ from models.unet import DualModalUNet, NetworkConfig
 from opt import names_affecting
 from training.checkpoint import STAGE_1, Checkpoint
 from training.distributed import is_main_rank, shard
-from training.launch import compute_dtype
+from training.launch import set_precision
 from training.loop import MicroBatch, Stage
+from utils.device import to_device
 from utils.figures import save_grid
 from utils.metrics import quality, score
 from utils.stop import interruptible
@@ -62,7 +63,7 @@ class Stage1(Stage):
         self.network = DualModalUNet(study.sizes, NetworkConfig(**opt.network_arguments()), len(groups)).to(device)
         self.network.set_means(study.mean_volumes(groups))
         self.network.set_recompute(opt.gradient_checkpointing)
-        self.dtype = compute_dtype(opt.precision, device)
+        self.dtype = set_precision(opt.precision, device)
         self.prior = Prior(self.network, Diffusion(opt.timesteps, opt.prediction), opt.timestep_coupling, study.sizes,
                            device, self.dtype, groups)
         self.metrics = ("x0_error", "translation_error") if self.prior.has_expected_volume else ("x0_error",)
@@ -79,7 +80,8 @@ class Stage1(Stage):
             self.draw_pattern()
 
     def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
-        """Volumes, masks, noise and timesteps by modality, and group indices; keyed by (seed, step, place, target)."""
+        """Volumes, masks, noise and timesteps by modality, `Prior.expects`, and group indices; keyed by (seed, step,
+        place, target)."""
         (target, places, _), opt, study, group = micro_batch, self.opt, self.study, None
         x0, masks = load_batch(study, [batch[place] for place in places], self.transform(step, places), self.device)
         source, keys = self.network.source(target), [(step, place, study.modalities.index(target)) for place in places]
@@ -92,9 +94,11 @@ class Stage1(Stage):
             shown = [self.shows_group(key, pair_times) for key, *pair_times in zip(keys, *times)]
             group = self.prior.group_indices([study.pairs[batch[place]].group if show else ""
                                               for place, show in zip(places, shown)])
+        expected = self.prior.expects(target, t)
+        noise[target][expected] = 0
         noise, t = ({modality: to_device(each, self.device) for modality, each in values.items()}
                     for values in (noise, t))
-        return x0, masks, noise, t, group
+        return x0, masks, noise, t, to_device(expected, self.device), group
 
     def shows_group(self, key: tuple[int, ...], times: list[Tensor]) -> bool:
         """Whether the network sees a pair's group: never in a translation, which should often help to find it."""
@@ -103,8 +107,8 @@ class Stage1(Stage):
 
     def loss(self, network: nn.Module, micro_batch: MicroBatch, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         target, _, weight = micro_batch
-        x0, masks, noise, t, group = data
-        losses = replace(self.prior, network=network).loss(target, x0, noise, t, group, masks[target],
+        x0, masks, noise, t, expected, group = data
+        losses = replace(self.prior, network=network).loss(target, x0, noise, t, expected, group, masks[target],
                                                            self.opt.pattern_weight, self.opt.loss)
         return weight * losses.mean(), {}
 
@@ -121,7 +125,7 @@ class Stage1(Stage):
             batch, time = members[start:start + size], max(1, round(fraction * self.opt.timesteps))
             noise = keyed_noise(self.study.sizes,
                                 *((self.opt.seed, Purpose.VALIDATION, i, round(100 * fraction)) for i in batch))
-            x0 = {modality: to_device(volume, self.device) for modality, volume in self.study.volumes(batch).items()}
+            x0 = self.study.volumes(batch, self.device)
             t = {modality: torch.full((len(batch),), time, device=self.device) for modality in x0}
             xt = {modality: prior.diffusion.add_noise(known(volume), to_device(noise[modality], self.device),
                                                       t[modality]) for modality, volume in x0.items()}
@@ -129,7 +133,7 @@ class Stage1(Stage):
                 errors = x0_error(prior.diffusion.to_x0(xt[modality], output, t[modality]), x0[modality])
                 yield from (("x0_error", error) for error in errors.tolist())
         for i in interruptible(shard(members if prior.has_expected_volume else [])):
-            x0 = {modality: to_device(volume, self.device) for modality, volume in self.study.volumes([i]).items()}
+            x0 = self.study.volumes([i], self.device)
             for source, target in network.directions:
                 error = x0_error(prior.expected(target, x0[source]), x0[target])
                 yield "translation_error", error.item()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.augment import load_batch, to_device
+from data.augment import load_batch
 from data.intensity import brain_region
 from data.study import Study
 from models.losses import load_perceptual_loss, microstructure_loss, structure_loss, tissue_loss
@@ -23,8 +23,9 @@ from opt import names_affecting
 from training.checkpoint import STAGE_1, STAGE_2, Checkpoint, content_hash, read_checkpoint, refuse_another_run
 from training.coarse import CoarseVolumes
 from training.distributed import is_main_rank, local_main_first, shard
-from training.launch import compute_dtype
+from training.launch import set_precision
 from training.loop import MicroBatch, Stage
+from utils.device import to_device
 from utils.errors import UserError
 from utils.metrics import psnr, quality, score, summary, write_metrics
 from utils.stop import interruptible
@@ -47,7 +48,7 @@ class Stage2(Stage):
 
     def __init__(self, opt, study: Study, device: torch.device, state: dict):
         super().__init__(opt, study, device)
-        self.dtype = compute_dtype(opt.precision, device)
+        self.dtype = set_precision(opt.precision, device)
         backbone = state if state["stage"] == STAGE_1 else state["backbone"]
         self.prior = open_prior(opt, study, backbone, device, self.dtype)
         prior_hash = content_hash(self.prior.network)
@@ -86,7 +87,8 @@ class Stage2(Stage):
         volumes, masks = load_batch(self.study, members, transform, self.device)
         coarse = self.coarse.input(target, members)
         if coarse is not None:
-            coarse = to_device(transform.volume(target, coarse) if transform else coarse, self.device)
+            coarse = to_device(coarse, self.device)
+            coarse = transform.volume(target, coarse) if transform else coarse
         return volumes[self.prior.network.source(target)], volumes[target], masks[target], coarse
 
     def loss(self, network: nn.Module, micro_batch: MicroBatch, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,7 +108,7 @@ class Stage2(Stage):
 
     def refined(self, network: Translator, target: str, i: int, flips: bool = False) -> Tensor:
         """The refined volume (1, 1, X, Y, Z) of pair i in [-1, 1], on the CPU."""
-        source = self.study.volumes([i])[self.prior.network.source(target)].to(self.device)
+        source = self.study.volumes([i], self.device)[self.prior.network.source(target)]
         coarse = self.coarse.input(target, [i])
         coarse = coarse if coarse is None else coarse.to(self.device)
         with self.prior.autocast():

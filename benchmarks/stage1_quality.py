@@ -21,7 +21,7 @@ from models.diffusion import Purpose, Volumes
 from models.prior import Prior
 from models.samplers import Sampling
 from training.checkpoint import STAGE_1, read_checkpoint, refuse_another_run
-from training.launch import choose_device, compute_dtype
+from training.launch import choose_device, set_precision
 from utils.errors import UserError
 from utils.metrics import paired_gain, score
 
@@ -34,7 +34,7 @@ def open_run(checkpoint: Path, settings) -> tuple[Study, Prior]:
     settings.validate()
     study, device, state = read_study(settings), choose_device(settings.device), read_checkpoint(checkpoint, (STAGE_1,))
     refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
-    prior = Prior.from_checkpoint(state, device, compute_dtype(settings.precision, device))
+    prior = Prior.from_checkpoint(state, device, set_precision(settings.precision, device))
     if not prior.has_expected_volume:
         raise UserError(f"{checkpoint}: has no expected volume (opt.prediction, opt.timestep_coupling)")
     return study, prior

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.study import Study
+from utils.device import to_device
 
 MAX_ANGLE, MAX_SCALE, MAX_SHIFT = 5.0, 0.05, 3.0  # rotation about each axis (degrees), change of size, and shift (mm)
 MAX_LOG_GAMMA = 0.25  # natural logarithm of the exponent of the intensities
@@ -25,14 +26,15 @@ class PairTransform:
         draws = torch.stack([torch.rand(8 + len(modalities), generator=generator) * 2 - 1 for generator in generators])
         self.flips = (draws[:, 0] > 0) & ("flip" in kinds)
         self.matrices = torch.stack([_affine_matrix(draw, extent) for draw in draws]) if "affine" in kinds else None
-        gammas = (draws[:, 8:] * MAX_LOG_GAMMA * ("intensity" in kinds)).exp()
-        self.gammas = dict(zip(modalities, gammas.unbind(1)))
+        gammas = (draws[:, 8:] * MAX_LOG_GAMMA).exp()
+        self.gammas = dict(zip(modalities, gammas.unbind(1))) if "intensity" in kinds else {}
 
     def volume(self, modality: str, volume: Tensor) -> Tensor:
-        """Transform volumes in [-1, 1]; gamma keeps -1 and 1."""
-        moved, gamma = self._move(volume, "bilinear"), self.gammas[modality].to(volume)
-        if (gamma == 1).all():
+        """Transform volumes in [-1, 1], on their device; gamma keeps -1 and 1."""
+        moved = self._move(volume, "bilinear")
+        if not self.gammas:
             return moved
+        gamma = to_device(self.gammas[modality].to(volume.dtype), volume.device)
         return ((moved + 1) / 2).clamp(0, 1) ** gamma.view(-1, 1, 1, 1, 1) * 2 - 1
 
     def mask(self, mask: Tensor) -> Tensor:
@@ -41,9 +43,10 @@ class PairTransform:
 
     def _move(self, volume: Tensor, mode: str) -> Tensor:
         if self.matrices is not None:
-            grid = F.affine_grid(self.matrices.to(volume), volume.shape, align_corners=False)
+            matrices = to_device(self.matrices.to(volume.dtype), volume.device)
+            grid = F.affine_grid(matrices, volume.shape, align_corners=False)
             volume = F.grid_sample(volume, grid, mode, padding_mode="border", align_corners=False)
-        return torch.where(self.flips.to(volume.device).view(-1, 1, 1, 1, 1), volume.flip(2), volume)
+        return torch.where(to_device(self.flips, volume.device).view(-1, 1, 1, 1, 1), volume.flip(2), volume)
 
 
 def _affine_matrix(draw: Tensor, extent: Tensor) -> Tensor:
@@ -62,15 +65,9 @@ def _affine_matrix(draw: Tensor, extent: Tensor) -> Tensor:
 
 def load_batch(study: Study, batch: list[int], transform: PairTransform | None,
                device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Volumes and pattern masks of these pairs, {modality: (B, 1, X, Y, Z)}, transformed, on the device."""
-    volumes, masks = study.volumes(batch), study.masks(batch)
+    """Volumes and pattern masks of these pairs, {modality: (B, 1, X, Y, Z)}, on the device and transformed there."""
+    volumes, masks = study.volumes(batch, device), study.masks(batch, device)
     if transform:
         volumes = {modality: transform.volume(modality, volume) for modality, volume in volumes.items()}
         masks = {modality: transform.mask(mask) for modality, mask in masks.items()}
-    return ({modality: to_device(volume, device) for modality, volume in volumes.items()},
-            {modality: to_device(mask, device) for modality, mask in masks.items()})
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting; on the CPU, return the tensor itself."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return volumes, masks

@@ -18,9 +18,12 @@ from data.grids import spacing_of
 from data.pairs import Pair, find_pairs
 from data.problems import Problem, print_notes, raise_if_fatal
 from data.split import split_subjects
+from utils.device import to_device
 from utils.errors import UserError
 from utils.files import remove_temporary_files
 from utils.stop import interruptible
+
+CPU = torch.device("cpu")
 
 
 class Study:
@@ -37,6 +40,7 @@ class Study:
         self.ranges, self.affines, self._files, self._masks = ({modality: [] for modality in readings}
                                                                for _ in range(4))
         self.has_pattern, self.problems, scans, data_hash = [False] * len(pairs), [], [], hashlib.sha256()
+        self._kept = {}  # on a GPU: see keep_on
         for pair in interruptible(tqdm(pairs, desc="reading volumes", unit="pair", disable=None)):
             for modality, reading in alignment.readings(readings, pair.files).items():
                 file, metadata = cached_volume(pair.files[modality], reading, cache_dir)
@@ -99,17 +103,44 @@ class Study:
         lengths = [spacing_of(affine) * self.sizes[modality] for affine in self.affines[modality]]
         return torch.from_numpy(np.median(lengths, axis=0))
 
-    def volumes(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1]; NaN where a scan sees nothing.
+    def volumes(self, positions: list[int], device: torch.device = CPU) -> dict[str, torch.Tensor]:
+        """{modality: (B, 1, X, Y, Z)} float32 in [-1, 1], on the device; NaN where a scan sees nothing.
 
         Raises VolumeError if one has become unreadable.
         """
-        return {modality: torch.from_numpy(np.stack([load_volume(files[i]) for i in positions])[:, None])
-                for modality, files in self._files.items()}
+        if self._kept and device == self._kept["device"]:
+            return self._from_kept("volumes", positions)
+        return {modality: to_device(torch.from_numpy(np.stack([load_volume(files[i]) for i in positions])[:, None]),
+                                    device) for modality, files in self._files.items()}
 
-    def masks(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        """{modality: (B, 1, X, Y, Z)} pattern masks, 0 or 1; all 0 for a pair that has none."""
-        return {modality: torch.stack([masks[i] for i in positions]).float() for modality, masks in self._masks.items()}
+    def masks(self, positions: list[int], device: torch.device = CPU) -> dict[str, torch.Tensor]:
+        """{modality: (B, 1, X, Y, Z)} pattern masks, 0 or 1, on the device; all 0 for a pair that has none."""
+        if self._kept and device == self._kept["device"]:
+            return {modality: masks.float() for modality, masks in self._from_kept("masks", positions).items()}
+        return {modality: to_device(torch.stack([masks[i] for i in positions]), device).float()
+                for modality, masks in self._masks.items()}
+
+    def keep_on(self, device: torch.device, room: int) -> None:
+        """Keep volumes and masks on a device, so that no step reads a file, if they take at most `room` bytes."""
+        different = {modality: {id(mask): mask for mask in masks} for modality, masks in self._masks.items()}
+        voxels = {modality: math.prod(size) for modality, size in self.sizes.items()}
+        if sum((4 * len(self.pairs) + len(different[modality])) * n for modality, n in voxels.items()) > room:
+            return
+        volumes = {modality: torch.empty(len(self.pairs), 1, *size, device=device)
+                   for modality, size in self.sizes.items()}
+        for i in range(len(self.pairs)):  # one by one: the computer may have less memory than the GPU
+            for modality, volume in self.volumes([i]).items():
+                volumes[modality][i].copy_(volume[0])
+        self._kept = {
+            "volumes": {modality: (each, range(len(self.pairs))) for modality, each in volumes.items()},
+            "masks": {modality: (to_device(torch.stack(list(masks.values())), device),
+                                 [list(masks).index(id(mask)) for mask in self._masks[modality]])
+                      for modality, masks in different.items()},
+            "device": device}
+
+    def _from_kept(self, what: str, positions: list[int]) -> dict[str, torch.Tensor]:
+        return {modality: kept[to_device(torch.tensor([places[i] for i in positions]), kept.device)]
+                for modality, (kept, places) in self._kept[what].items()}
 
     def mean_volumes(self, groups: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
         """{modality: (1 + groups, 1, X, Y, Z)} mean of all training volumes, then of those of each group."""

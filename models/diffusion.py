@@ -60,24 +60,24 @@ class Diffusion:
     def __init__(self, timesteps: int, prediction: str):
         self.timesteps, self.prediction = timesteps, prediction
         self.alpha_bar = cosine_alpha_bar(timesteps)
-        self._on_device: dict[torch.device, Tensor] = {}  # copied once per device: no step waits for it
+        self._weights: dict[tuple, Tensor] = {}  # (T + 1, 2), copied once per device: no step waits for them
 
     def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1, 1), for t (B,)."""
-        if t.device not in self._on_device:
-            self._on_device[t.device] = self.alpha_bar.to(t.device)
-        alpha_bar, dtype = self._on_device[t.device][t].view(-1, 1, 1, 1, 1), torch.get_default_dtype()
-        return alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
+        key = t.device, torch.get_default_dtype()
+        if key not in self._weights:
+            self._weights[key] = torch.stack([self.alpha_bar, 1 - self.alpha_bar], dim=1).sqrt().to(*key)
+        return self._weights[key][t].view(-1, 2, 1, 1, 1, 1).unbind(1)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """xt for x0 (B, 1, X, Y, Z) at t (B,)."""
         signal, sigma = self.weights(t)
-        return signal * x0 + sigma * noise
+        return torch.addcmul(sigma * noise, signal, x0)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should predict at t."""
         signal, sigma = self.weights(t)
-        return noise if self.prediction == "epsilon" else signal * noise - sigma * x0
+        return noise if self.prediction == "epsilon" else torch.addcmul(signal * noise, sigma, x0, value=-1)
 
     def to_x0(self, xt: Tensor, output: Tensor, t: Tensor, clip: bool = True) -> Tensor:
         """The clean volume that the network's output implies, by default clipped to [-1, 1]."""

@@ -1,5 +1,10 @@
-"""Building blocks of the networks. Volumes are (B, C, X, Y, Z); grids may have any size."""
+"""Building blocks of the networks. Volumes are (B, C, X, Y, Z); grids may have any size.
 
+On GPUs, PyTorch's group normalisation and trilinear interpolation leave the channels-last layout of the convolutions
+and the 16 bits of autocast, which costs more than they do; large volumes have versions of their own here.
+"""
+
+import functools
 import math
 
 import torch
@@ -7,19 +12,101 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+LARGE = 2**20  # values in a tensor of a GPU; smaller ones are fastest in the fewest operations
 ONEDNN_MIN_SIZE = 20_480  # channels x X x Y above which PyTorch 2.14 uses oneDNN for a single volume, too
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     """Sinusoids of t (B,) -> (B, channels), wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017)."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(channels // 2, device=t.device) / (channels // 2))
-    angles = t.float()[:, None] * frequencies
+    angles = t.float()[:, None] * frequencies(channels // 2, t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@functools.lru_cache(8)
+def frequencies(count: int, device: torch.device) -> Tensor:
+    return torch.exp(-math.log(10_000) * torch.arange(count, device=device) / count)
+
+
+def is_large_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and x.numel() >= LARGE
 
 
 def resize_to(x: Tensor, size: torch.Size) -> Tensor:
     """Interpolate (B, C, X, Y, Z) trilinearly to another grid with the same field of view."""
-    return x if x.shape[2:] == size else F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
+    if x.shape[2:] == size:
+        return x
+    if is_large_on_gpu(x):
+        return resize_by_products(x, tuple(size))
+    return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
+
+
+def resize_by_products(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """`resize_to` as a product with a matrix per axis: in the dtype and layout (channels-last) of x, and, other than
+    F.interpolate on a GPU, with the same gradient every time."""
+    h = x.movedim(1, -1)  # (B, X, Y, Z, C)
+    for axis, n in sorted(enumerate(size, start=1), key=lambda each: each[1] / h.shape[each[0]]):  # the smallest first
+        if h.shape[axis] != n:
+            before, after = h.shape[:axis], h.shape[axis + 1:]
+            weights = linear_weights(h.shape[axis], n, h.device).to(h.dtype)
+            h = (weights @ h.reshape(math.prod(before), h.shape[axis], math.prod(after))).reshape(*before, n, *after)
+    return h.movedim(-1, 1)
+
+
+@functools.lru_cache(24)
+def linear_weights(n: int, new: int, device: torch.device) -> Tensor:
+    """(new, n): interpolates an axis linearly; the outer edges coincide."""
+    return F.interpolate(torch.eye(n)[None], size=new, mode="linear", align_corners=False)[0].mT.contiguous().to(device)
+
+
+def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """SiLU of the group-normalised volume."""
+    if is_large_on_gpu(x):
+        return NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return F.silu(norm(x))
+
+
+class NormSiLU(torch.autograd.Function):
+    """`norm_silu` in the dtype and layout of x; its sums and coefficients are float32.
+
+    Group normalisation is a scale and a shift per channel, which follow from the channel's sum and sum of squares; so
+    is the sum over the group in its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        B, count = len(x), x[0].numel() // groups  # values of a group
+        with torch.autocast(x.device.type, enabled=False):
+            of_channels = (x.sum(dim=(2, 3, 4), dtype=torch.float32),
+                           torch.linalg.vector_norm(x, dim=(2, 3, 4), dtype=torch.float32).square())
+            mean, square = (each.view(B, groups, -1).sum(dim=2, keepdim=True) / count  # (B, groups, 1)
+                            for each in of_channels)
+            inverse = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
+            scale = weight.view(1, groups, -1) * inverse  # (B, groups, C / groups)
+            shift = bias.view(1, groups, -1) - mean * scale
+            ctx.save_for_backward(x, weight, mean, inverse, scale, shift)
+            return F.silu(scaled(x, scale, shift), inplace=True)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        x, weight, mean, inverse, scale, shift = ctx.saved_tensors
+        B, groups, count = *mean.shape[:2], x[0].numel() // mean.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            inner = torch.ops.aten.silu_backward(gradient, scaled(x, scale, shift))  # of the normalised volume
+            sums = [each.sum(dim=(2, 3, 4), dtype=torch.float32).view(B, groups, -1) for each in (inner, inner * x)]
+            weights = weight.view(1, groups, -1)
+            of_shift, of_scale = ((weights * each).sum(dim=2, keepdim=True) for each in sums)  # (B, groups, 1)
+            slope = (of_shift * mean - of_scale) * inverse**3 / count
+            offset = -slope * mean - of_shift * inverse / count
+            of_x = scaled(x, slope.expand_as(scale), offset.expand_as(scale)).addcmul_(
+                inner, scale.reshape(B, -1, 1, 1, 1).to(x.dtype))
+            of_weight = ((sums[1] - mean * sums[0]) * inverse).sum(dim=0).flatten()
+            return of_x, of_weight, sums[0].sum(dim=0).flatten(), None, None
+
+
+def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """shift + scale x with one coefficient per channel, computed in float32, in the dtype and layout of x."""
+    scale, shift = (each.reshape(len(x), -1, 1, 1, 1) for each in (scale, shift))
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:
@@ -27,7 +114,8 @@ def to_patches(x: Tensor, patch: int) -> Tensor:
     if patch == 1:
         return x
     X, Y, Z = x.shape[2:]
-    x = F.pad(x, (0, -Z % patch, 0, -Y % patch, 0, -X % patch), mode="replicate")
+    if any(n % patch for n in (X, Y, Z)):
+        x = F.pad(x, (0, -Z % patch, 0, -Y % patch, 0, -X % patch), mode="replicate")
     B, C, X, Y, Z = x.shape
     x = x.reshape(B, C, X // patch, patch, Y // patch, patch, Z // patch, patch)
     return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, C * patch**3, X // patch, Y // patch, Z // patch)
@@ -74,14 +162,21 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)  # every block starts as its shortcut
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """shift: (B, out_channels, 1, 1, 1) of this block, from `shifts`."""
         recompute = self.recompute and torch.is_grad_enabled()
-        return checkpoint(self._forward, x, emb, use_reentrant=False) if recompute else self._forward(x, emb)
+        return checkpoint(self._forward, x, shift, use_reentrant=False) if recompute else self._forward(x, shift)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.shift(F.silu(emb))[:, :, None, None, None]
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+    def _forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        h = self.conv1(norm_silu(x, self.norm1)) + shift
+        return self.shortcut(x) + self.conv2(self.dropout(norm_silu(h, self.norm2)))
+
+
+def shifts(blocks: list[ResBlock], emb: Tensor) -> dict[ResBlock, Tensor]:
+    """What the embedded timesteps (B, emb_channels) add in each block: one product for all of them."""
+    weight, bias = (torch.cat([getattr(block.shift, name) for block in blocks]) for name in ("weight", "bias"))
+    each = F.linear(F.silu(emb), weight, bias).split([len(block.shift.bias) for block in blocks], dim=1)
+    return dict(zip(blocks, (shift[:, :, None, None, None] for shift in each)))
 
 
 def res_blocks(count: int, in_channels: int, channels: int, emb_channels: int, dropout: float) -> nn.ModuleList:

@@ -26,8 +26,8 @@ def pattern_aware_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight:
 
     mask: (B, 1, X, Y, Z), 1 inside the disease-related networks.
     """
-    error = (prediction - target).abs()
-    return ((1 + weight * mask) * (error if kind == "l1" else error.square())).mean(dim=(1, 2, 3, 4))
+    error = prediction - target
+    return ((1 + weight * mask) * (error.abs() if kind == "l1" else error.square())).mean(dim=(1, 2, 3, 4))
 
 
 def tissue_loss(refined: Tensor, truth: Tensor, mask: Tensor, weight: float) -> Tensor:

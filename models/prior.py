@@ -10,6 +10,7 @@ from models.losses import pattern_aware_loss
 from models.samplers import Denoiser, Sampling, ddim, dpmpp, timestep_spacing
 from models.translator import Translator, known
 from models.unet import DualModalUNet, NetworkConfig
+from utils.device import to_device
 from utils.stop import Interrupted, stop
 from utils.tensors import build
 
@@ -52,23 +53,27 @@ class Prior:
         with self.autocast():
             return self.network(xt, t, targets, group)
 
-    def loss(self, target: str, x0: Volumes, noise: Volumes, t: Volumes, group: Tensor | None, mask: Tensor,
-             pattern_weight: float, kind: str) -> Tensor:
+    def expects(self, target: str, t: Volumes) -> Tensor:
+        """Whether the network learns the expected volume at these timesteps, (B,) bool: then the target has no noise.
+        """
+        (source,) = t.keys() - {target}
+        return (t[source] == 0) & (t[target] == self.diffusion.timesteps) & self.has_expected_volume
+
+    def loss(self, target: str, x0: Volumes, noise: Volumes, t: Volumes, expected: Tensor, group: Tensor | None,
+             mask: Tensor, pattern_weight: float, kind: str) -> Tensor:
         """The pattern-aware loss (B,) of predicting one modality from both noisy volumes. mask: (B, 1, X, Y, Z).
 
         Where x0 is NaN, nothing is known: the network sees background, and any prediction is right.
-        Expected volumes count EXPECTED_WEIGHT times: where noise is predicted, errors are several times as large.
+        expected: from `expects`, (B,); the target's noise is 0 there. Expected volumes count EXPECTED_WEIGHT times:
+        where noise is predicted, errors are several times as large.
         """
         unknown, x0 = x0[target].isnan(), {modality: known(volume) for modality, volume in x0.items()}
         xt = {modality: self.diffusion.add_noise(x0[modality], noise[modality], t[modality]) for modality in x0}
-        source, = x0.keys() - {target}
-        expected = (t[source] == 0) & (t[target] == self.diffusion.timesteps) & self.has_expected_volume
-        blank = expected.view(-1, 1, 1, 1, 1)
-        xt[target], noise = xt[target].masked_fill(blank, 0), noise[target].masked_fill(blank, 0)
+        xt[target] = xt[target].masked_fill(expected.view(-1, 1, 1, 1, 1), 0)  # at T, not even its last trace of x0
         predicted = self.predict(xt, t, {target}, group)[target]
-        wanted = torch.where(unknown, predicted.detach(), self.diffusion.target(x0[target], noise, t[target]))
-        loss = pattern_aware_loss(predicted, wanted, mask, pattern_weight, kind)
-        return torch.where(expected, EXPECTED_WEIGHT * loss, loss)
+        wanted = torch.where(unknown, predicted.detach(), self.diffusion.target(x0[target], noise[target], t[target]))
+        weights = 1 + (EXPECTED_WEIGHT - 1) * expected
+        return weights * pattern_aware_loss(predicted, wanted, mask, pattern_weight, kind)
 
     @property
     def has_expected_volume(self) -> bool:
@@ -91,8 +96,8 @@ class Prior:
 
     def group_indices(self, groups: list[str]) -> Tensor:
         """The networks' numbers (B,) of these groups: from 1, and 0 for every other name."""
-        return torch.tensor([self.groups.index(group) + 1 if group in self.groups else 0 for group in groups],
-                            device=self.device)
+        return to_device(torch.tensor([self.groups.index(group) + 1 if group in self.groups else 0
+                                       for group in groups]), self.device)
 
     def denoiser(self, noise: Volumes, given: Volumes, group: Tensor | None = None,
                  record: list | None = None) -> Denoiser:

@@ -17,8 +17,10 @@ from models.layers import (
     Conv3d,
     ResBlock,
     from_patches,
+    norm_silu,
     res_blocks,
     resize_to,
+    shifts,
     timestep_embedding,
     to_patches,
 )
@@ -60,21 +62,21 @@ class UNet(nn.Module):
                 self.middle = ResBlock(width, width, emb_channels, config.dropout)
             size = tuple((n + 1) // 2 for n in size)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: dict[ResBlock, Tensor]) -> Tensor:
         h, skips = self.stem(x), []
         for level, blocks in enumerate(self.down):
             for block in blocks:
-                h = block(h, emb)
+                h = block(h, shift[block])
             h = self.attend[level](h)
             if level < len(self.shrink):
                 skips.append(h)
                 h = self.shrink[level](h)
-        h = self.middle(h, emb)
+        h = self.middle(h, shift[self.middle])
         for level in reversed(range(len(self.grow))):
             skip = skips.pop()
             h = torch.cat([skip, resize_to(self.grow[level](h), skip.shape[2:])], dim=1)
             for block in self.up[level]:
-                h = block(h, emb)
+                h = block(h, shift[block])
         return h
 
 
@@ -108,30 +110,39 @@ class DirectionNet(nn.Module):
         self.head = Conv3d(channels, patch**3, 3, padding=1)
         self.gain = nn.Linear(emb_channels, 4 if groups else 3)
         self.group = nn.Embedding(1 + groups, emb_channels) if groups else None  # row 0: no group given
+        self.blocks = [block for block in self.modules() if isinstance(block, ResBlock)]
         for layer in filter(None, (self.head, self.gain, self.group)):
             for weight in layer.parameters():
                 nn.init.zeros_(weight)
 
-    def forward(self, source: Tensor, target: Tensor, t_source: Tensor, t_target: Tensor, group: Tensor) -> Tensor:
+    def forward(self, source: Tensor, target: Tensor, t_source: Tensor, t_target: Tensor,
+                group: Tensor | None = None) -> Tensor:
         """Volumes as above; timesteps and group indices are (B,)."""
-        emb = sum(embed(timestep_embedding(t, 2 * self.channels)) for embed, t in zip(self.embed, (t_source, t_target)))
-        if self.group is not None:
-            emb = emb + self.group(group)
-        mean, source_there = self.mean[group], resize_to(source, target.shape[2:])
-        to_body, to_stem = [source, resize_to(mean, source.shape[2:])], [target, mean]
+        if self.group is not None and group is None:
+            group = torch.zeros_like(t_target)
+        with torch.autocast(source.device.type, enabled=False):  # an error of a gain is an error of the volume
+            sinusoids = timestep_embedding(torch.cat([t_source, t_target]), 2 * self.channels).chunk(2)
+            emb, of_target = (embed(each) for embed, each in zip(self.embed, sinusoids))
+            emb = emb + of_target if self.group is None else emb + of_target + self.group(group)
+            gains = self.gain(F.silu(emb))
+        shift = shifts(self.blocks, emb)
+        source_there = resize_to(source, target.shape[2:])
+        mean, mean_there = (each.expand(len(target), -1, -1, -1, -1) if self.group is None else each[group]
+                            for each in (self.mean, resize_to(self.mean, source.shape[2:])))
+        to_body, to_stem = [source, mean_there], [target, mean]
         if self.early:  # before `to_patches`: afterwards a resampling could not place what is inside a patch
             to_body.append(resize_to(target, source.shape[2:]))
             to_stem.append(source_there)
-        features = self.body(to_patches(torch.cat(to_body, dim=1), self.patch), emb)
+        features = self.body(to_patches(torch.cat(to_body, dim=1), self.patch), shift)
         stem = self.target_stem(to_patches(torch.cat(to_stem, dim=1), self.patch))
         h = torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1)
         for block in self.output:
-            h = block(h, emb)
-        h = from_patches(self.head(F.silu(self.norm(h))), self.patch, target.shape[2:]).float()
-        direct = [target, source_there, self.mean[:1].expand_as(target), mean - self.mean[:1]]
-        for gain, volume in zip(self.gain(F.silu(emb)).float().unbind(1), direct):  # the last one with groups only
-            h = h + gain.view(-1, 1, 1, 1, 1) * volume
-        return h
+            h = block(h, shift[block])
+        h = from_patches(self.head(norm_silu(h, self.norm)), self.patch, target.shape[2:]).float()
+        direct = [target, source_there, self.mean[:1].expand_as(target)]
+        if self.group is not None:
+            direct.append(mean - self.mean[:1])
+        return torch.baddbmm(h.flatten(2), gains[:, None], torch.cat(direct, dim=1).flatten(2)).view_as(h)
 
 
 class DualModalUNet(nn.Module):
@@ -173,6 +184,5 @@ class DualModalUNet(nn.Module):
 
         targets: what to predict (all by default). group: (B,) from 1; 0, or None, where no group is given.
         """
-        return {target: self.net(target)(xt[source], xt[target], t[source], t[target],
-                                         torch.zeros_like(t[target]) if group is None else group)
+        return {target: self.net(target)(xt[source], xt[target], t[source], t[target], group)
                 for source, target in self.directions if targets is None or target in targets}

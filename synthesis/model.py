@@ -16,7 +16,7 @@ from models.prior import Prior
 from models.samplers import Sampling
 from models.translator import Translator
 from training.checkpoint import STAGE_1, STAGE_2, content_hash, read_checkpoint
-from training.launch import compute_dtype
+from training.launch import precision_name, set_precision
 from utils.errors import UserError
 from utils.tensors import UNFIT, load_weights
 
@@ -100,7 +100,7 @@ def open_model(opt, device: torch.device) -> TrainedModel:
     joint = stage == STAGE_2 and trained["coarse"] == "joint"  # then samples are part of its translations
     options = {**(trained if joint else opt.resolved()), "coarse": trained["coarse"], "batch_size": opt.batch_size}
     try:
-        prior = Prior.from_checkpoint(state.get("backbone", state), device, compute_dtype(opt.precision, device))
+        prior = Prior.from_checkpoint(state.get("backbone", state), device, set_precision(opt.precision, device))
         refiner = None
         if stage == STAGE_2:  # the same network, trained on
             refiner = Translator(copy.deepcopy(prior.network), prior.diffusion.timesteps)
@@ -123,6 +123,7 @@ def open_model(opt, device: torch.device) -> TrainedModel:
         print(f"note: stage 2 translates with joint samples as it was trained; ignored: opt.{', opt.'.join(ignored)}")
     provenance = {"Stage": stage, "Weights": [content_hash(network) for network in (prior.network, refiner) if network],
                   "Training": {name: state["fingerprints"][name] for name in ("data", "split")},
-                  "Precision": str(prior.dtype), **{name: options[name] for name in SAMPLING_OPTIONS}}
+                  "Precision": precision_name(opt.precision, prior.dtype),
+                  **{name: options[name] for name in SAMPLING_OPTIONS}}
     return TrainedModel(prior, refiner, options, sampling, provenance, tuple(readings), readings, ranges, affines,
                         alignment)

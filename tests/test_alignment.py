@@ -176,7 +176,7 @@ def test_unknown_voxels_take_no_part_in_losses():
     x0["dmri"][..., :4] = np.nan
     mask, output = torch.zeros_like(x0["dmri"]), {}
     network.register_forward_hook(lambda *call: output.update(call[2]))
-    loss = prior.loss("dmri", x0, noise, t, None, mask, 0.0, "l2")
+    loss = prior.loss("dmri", x0, noise, t, prior.expects("dmri", t), None, mask, 0.0, "l2")
     gradient, = torch.autograd.grad(loss.sum(), output["dmri"])
     assert loss.isfinite().all() and (gradient[..., :4] == 0).all() and (gradient[..., 4:] != 0).all()
 

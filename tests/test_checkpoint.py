@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import math
+import threading
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,6 +19,7 @@ from tests.conftest import weights
 from training.checkpoint import STAGE_1, STAGE_2, Checkpoint, content_hash, read_checkpoint
 from training.ema import EMA
 from utils.errors import UserError
+from utils.files import replace_file
 
 
 def new_run(folder: Path, **changes) -> Checkpoint:
@@ -91,3 +93,32 @@ def test_a_transient_error_is_not_damage(run, tmp_path, monkeypatch, error):
     with pytest.raises(UserError, match="may be fine: fix the cause and try again"):
         new_run(tmp_path).resume(None, set())
     assert list(tmp_path.iterdir()) == [run.last]
+
+
+def test_a_large_checkpoint_is_copied_and_written_beside_training(run, monkeypatch):
+    """Training changes the weights at once; what goes wrong in the thread is raised later, and the old file stays."""
+    monkeypatch.setattr("training.checkpoint.LARGE", 0)
+    started, finish, before = threading.Event(), threading.Event(), run.parts["model"].weight.detach().clone()
+
+    def slow(path, write):
+        started.set()
+        assert finish.wait(60)
+        replace_file(path, write)
+    monkeypatch.setattr("training.checkpoint.replace_file", slow)
+    run.step = 7
+    run.save(run.last)
+    assert started.wait(60) and weights(run.last)["step"] == 0
+    nn.init.zeros_(run.parts["model"].weight)
+    run.step = 8
+    finish.set()
+    run.finish_writing()
+    assert weights(run.last)["step"] == 7 and torch.equal(weights(run.last)["model"]["weight"], before)
+    monkeypatch.setattr("training.checkpoint.replace_file", Mock(side_effect=UserError("no space left")))
+    run.save(run.best)
+    for next_time in (run.finish_writing, lambda: run.save(run.last)):
+        with pytest.raises(UserError, match="no space left"):
+            next_time()
+        run.save(run.last)
+    assert weights(run.last)["step"] == 7
+    with pytest.raises(UserError):
+        run.finish_writing()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.launch import REFUSED, STOPPED, choose_device, compute_dtype, run_program
+from training.launch import REFUSED, STOPPED, choose_device, run_program, set_precision
 from utils.errors import UserError
 
 
@@ -24,5 +24,10 @@ def test_devices_and_precisions():
     for name in ("cuda:99", "cpux"):
         with pytest.raises(UserError, match=f"opt.device = '{name}'"):
             choose_device(name)
-    dtypes = [compute_dtype(precision, cpu) for precision in ("fp32", "bf16", "fp16")]
-    assert dtypes == [torch.float32, torch.bfloat16, torch.float16] and compute_dtype("auto", cpu) in dtypes[:2]
+    dtypes = [set_precision(precision, cpu) for precision in ("fp32", "bf16", "fp16")]
+    with pytest.raises(UserError, match="opt.precision = \"tf32\": cpu does not have it"):
+        set_precision("tf32", cpu)
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    set_precision("fp32", cpu)
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float16] and set_precision("auto", cpu) in dtypes[:2]

@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Attention, Conv3d, ResBlock, from_patches, timestep_embedding, to_patches
+from models.layers import (
+    Attention,
+    Conv3d,
+    NormSiLU,
+    ResBlock,
+    from_patches,
+    resize_by_products,
+    resize_to,
+    timestep_embedding,
+    to_patches,
+)
 
 
 @pytest.mark.parametrize("patch, grid", [(1, (5, 8, 7)), (2, (3, 4, 4)), (3, (2, 3, 3)), (4, (2, 2, 2))])
@@ -26,6 +37,39 @@ def test_a_convolution_and_its_gradient_are_those_of_pytorch(batch, kernel, stri
                                  for layer, output in zip(layers, outputs)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_the_fused_norm_and_its_gradient_are_those_of_pytorch_in_the_layout_of_the_volume(dtype, tolerance):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 12)
+    nn.init.normal_(norm.weight, 1, 0.3)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(2, 12, 7, 6, 5) * 3 + 2).to(dtype).to(memory_format=torch.channels_last_3d)
+    results = []
+    for kind in ("fused", "reference"):
+        norm.zero_grad()
+        volume = x.clone().requires_grad_() if kind == "fused" else x.double().requires_grad_()
+        out = (NormSiLU.apply(volume, norm.weight, norm.bias, 4, norm.eps) if kind == "fused" else
+               F.silu(F.group_norm(volume, 4, norm.weight.double(), norm.bias.double(), norm.eps)))
+        assert kind != "fused" or (out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last_3d))
+        (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        results.append([each.double() for each in (out, volume.grad, norm.weight.grad, norm.bias.grad)])
+    for found, expected in zip(*results):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(9, 4, 5), (14, 13, 10), (7, 6, 5), (3, 6, 9)])
+def test_products_of_matrices_resize_as_pytorch_does(size):
+    x = torch.randn(2, 3, 7, 6, 5).to(memory_format=torch.channels_last_3d).requires_grad_()
+    results = []
+    for resize in (resize_to, resize_by_products):
+        x.grad = None
+        out = resize(x, size)
+        (out * torch.arange(out.numel()).view_as(out) / out.numel()).sum().backward()
+        results.append((out, x.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert resize_by_products(x, size).is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_every_timestep_has_its_own_embedding():
     embeddings = timestep_embedding(torch.arange(1001), 32)
     assert embeddings.shape == (1001, 32) and torch.cdist(embeddings, embeddings).fill_diagonal_(9).min() > 1e-2
@@ -33,6 +77,6 @@ def test_every_timestep_has_its_own_embedding():
 
 def test_blocks_start_as_identity_and_attention_ignores_the_order_of_positions():
     attention, x = Attention(16), torch.randn(1, 16, 4, 3, 2)
-    assert torch.equal(attention(x), x) and torch.equal(ResBlock(16, 16, 8)(x, torch.randn(1, 8)), x)
+    assert torch.equal(attention(x), x) and torch.equal(ResBlock(16, 16, 8)(x, torch.randn(1, 16, 1, 1, 1)), x)
     nn.init.normal_(attention.out.weight)
     torch.testing.assert_close(attention(x.flip(2)), attention(x).flip(2), atol=1e-5, rtol=1e-4)

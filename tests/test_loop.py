@@ -11,7 +11,7 @@ from models.prior import EXPECTED_WEIGHT
 from opt import PRESETS, opt
 from tests.conftest import arguments, weights
 from train import Stage1
-from training.loop import fit, means_over_ranks, split_jobs
+from training.loop import Pauses, fit, means_over_ranks, split_jobs
 from utils.arguments import parse_arguments
 from utils.stop import interruptible, stop
 
@@ -29,14 +29,14 @@ def test_each_direction_has_its_own_noise_and_the_expected_volume_has_none(study
         assert [(target, places, weight) for target, places, weight in micro_batches] == [
             (target, [0, 1, 2, 3], 0.5) for target in first.study.modalities]
         loaded = [first.load(micro_batch, batch, step) for micro_batch in micro_batches]
-        for (target, *_), (x0, _, _, t, _) in zip(micro_batches, loaded):
+        for (target, *_), (x0, _, _, t, *_) in zip(micro_batches, loaded):
             expected += ((t[target] == 1000) & (t[first.network.source(target)] == 0)).tolist()
             assert torch.equal(x0[target], first.study.volumes(batch)[target])
         assert not torch.equal(loaded[0][2]["fmri"], loaded[1][2]["fmri"])
     assert 0.25 < sum(expected) / len(expected) < 0.5
-    (target, *_), (x0, _, noise, t, group) = micro_batches[0], loaded[0]
-    blank = (t[target] == 1000) & (t[first.network.source(target)] == 0)
-    noise[target][blank] = 0
+    (target, *_), (x0, _, noise, t, blank, group) = micro_batches[0], loaded[0]
+    assert torch.equal(blank, (t[target] == 1000) & (t[first.network.source(target)] == 0))
+    assert torch.equal(blank, noise[target].abs().amax(dim=(1, 2, 3, 4)) == 0)
     v = first.prior.diffusion.target(x0[target], noise[target], t[target])
     expected = 0.5 * (torch.where(blank, EXPECTED_WEIGHT, 1.0) * v.square().mean(dim=(1, 2, 3, 4))).mean()
     seen = []
@@ -87,3 +87,26 @@ def test_affine_augmentation_ends_where_the_learning_rate_decays(study_csv, tmp_
     assert all((gamma != 1).all() for each in transforms for gamma in each.gammas.values())
     first.opt.augment = ("affine",)
     assert first.transform(0, [0]) and first.transform(12, [0]) is None
+
+
+def test_pauses_wait_where_they_would_take_more_than_their_share(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("training.loop.time.monotonic", lambda: now)
+
+    def run(share: float, start: int = 0) -> dict[str, list[int]]:
+        """Steps of 1 s, pictures of 10 s every 10 steps, saves of 0.1 s every 3."""
+        nonlocal now
+        pauses, taken = Pauses({"pictures": (10,), "saves": (3,)}, start, 200, share), {"pictures": [], "saves": []}
+        for step in range(start, 201):
+            for kind, seconds in (("pictures", 10), ("saves", 0.1)):
+                if pauses.is_due(kind, step):
+                    with pauses.taking(kind):
+                        now += seconds
+                    taken[kind].append(step)
+            now += 1
+        return taken
+    assert run(1) == {"pictures": [*range(10, 201, 10)], "saves": [*range(3, 199, 3), 200]}
+    few = run(0.2)  # a tenth each: 10 s of pictures after 80 s of steps, then 20 after 160
+    assert few == {"pictures": [10, 80, 160, 200], "saves": [*range(3, 199, 3), 200]}
+    assert run(0) == {"pictures": [10, 200], "saves": [3, 200]}
+    assert run(1, 20)["pictures"][0] == 20 and run(1, 19)["saves"][0] == 21 and run(1, 200)["pictures"] == [200]

@@ -19,8 +19,8 @@ AFFECTED = {
     "sampling": "sampler sampling_steps eta",
     "sample.py": "sample_dir joint_samples output_space realism uncertainty_samples",
     "nothing": "refine resume_path check data_root cache_dir epochs refine_epochs max_steps max_minutes checkpoint_dir "
-               "result_dir checkpoint_every validate_every num_samples tensorboard accumulate gradient_checkpointing "
-               "device perceptual_weight vgg_weights vgg_download average_flips pattern_file"}
+               "result_dir checkpoint_every validate_every max_overhead num_samples tensorboard accumulate "
+               "gradient_checkpointing device perceptual_weight vgg_weights vgg_download average_flips pattern_file"}
 
 
 def test_what_a_change_of_each_setting_affects():

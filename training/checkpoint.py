@@ -1,10 +1,10 @@
 """Checkpoints: save and load walk the same named parts. Files hold plain tensors and plain values only, no code."""
 
 import hashlib
-import math
 import os
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ FORMAT = 5
 STAGE_1, STAGE_2 = "stage 1", "stage 2"
 FILES = {STAGE_1: ("last_model.pth", "best_model.pth"), STAGE_2: ("last_refine.pth", "best_refine.pth")}
 PARTS = ("model", "ema")
+LARGE = 2**28  # bytes of the network; its checkpoint has three to four times as many
 OTHER_FOLDERS = "Set opt.checkpoint_dir (and opt.result_dir) to another folder, or undo these changes"
 
 
@@ -34,16 +35,29 @@ class Checkpoint:
         self.stage, self.parts, self.metadata, self.initial_best = stage, parts, metadata, initial_best
         self.last, self.best = (folder / name for name in FILES[stage])
         self.step, self.best_value, self.run_id = 0, initial_best, uuid.uuid4().hex
-        self.saved_at = -math.inf  # seconds of time.monotonic()
+        self._thread, self._writing = ThreadPoolExecutor(1), None
 
     def save(self, path: Path) -> None:
-        """Write `last` or `best` on the main rank; the file always holds a complete checkpoint. Raises UserError."""
-        if is_main_rank():
-            state = {"format": FORMAT, "stage": self.stage, "step": self.step, "best": self.best_value,
-                     "run_id": self.run_id, **self.metadata,
-                     **{name: part.state_dict() for name, part in self.parts.items()}}
+        """Write `last` or `best` on the main rank; the file always holds a complete checkpoint. Raises UserError.
+
+        A large one is copied, and written beside training: `finish_writing` waits for it, and raises what went wrong.
+        """
+        self.finish_writing()
+        if not is_main_rank():
+            return
+        state = {"format": FORMAT, "stage": self.stage, "step": self.step, "best": self.best_value,
+                 "run_id": self.run_id, **self.metadata,
+                 **{name: part.state_dict() for name, part in self.parts.items()}}
+        if sum(value.nbytes for value in state["model"].values()) < LARGE:
             replace_file(path, lambda file: torch.save(state, file))
-        self.saved_at = time.monotonic()
+        else:
+            state = on_cpu(state)
+            self._writing = self._thread.submit(replace_file, path, lambda file: torch.save(state, file))
+
+    def finish_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def resume(self, requested: Path | None, may_change: set[str]) -> bool:
         """Load the newest of the folder's files and the requested one (from anywhere); False where there is none.
@@ -121,6 +135,15 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
     if problems:
         raise UserError("\n  ".join((f"{path}: is not a checkpoint of this version of PDS; use another:", *problems)))
     return state
+
+
+def on_cpu(value: object) -> object:
+    """A copy of the tensors in dicts and lists."""
+    if isinstance(value, dict):
+        return {name: on_cpu(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(each) for each in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def refuse_another_run(path: Path, saved: dict, options: dict, fingerprints: dict, remedy: str = OTHER_FOLDERS) -> None:

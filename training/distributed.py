@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
@@ -52,17 +52,16 @@ def is_main_rank() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks, if there are any: NCCL on GPUs, Gloo on CPUs. Only the main rank prints inside."""
+    """Join the other ranks, if there are any: tensors on GPUs over NCCL, others over Gloo. Only the main rank prints
+    inside."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # there are only a few different shapes
     if not under_torchrun():
         yield
         return
-    if device.type == "cpu":  # torchrun gives each rank one thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # torchrun gives a rank one
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     with open(os.devnull, "w") as null, contextlib.ExitStack() as muted:
         if not is_main_rank():
             muted.enter_context(contextlib.redirect_stdout(null))
@@ -93,11 +92,14 @@ def shard(items: Sequence) -> list:
 
 def all_reduce_sum(*values: float) -> list[float]:
     """Each value summed over all ranks."""
-    if world_size() == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return total.tolist()
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """A tensor summed over all ranks, in place and on its device: no host waits for a GPU."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def barrier() -> None:

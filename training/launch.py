@@ -65,15 +65,26 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of opt.precision; "auto": bfloat16 where the hardware multiplies matrices in it.
+def set_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of opt.precision, for autocast; also says whether convolutions of float32 are TF32. Raises UserError.
 
-    A CPU that only converts to bfloat16 (AVX512-BF16 without AMX) is 1.5 times slower than in float32 (measured).
+    "auto" is bfloat16 where the hardware multiplies matrices in it: a CPU that only converts to it (AVX512-BF16 without
+    AMX) is 1.5 times slower than in float32 (measured). On GPUs not yet measured.
     """
-    if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    on_gpu = device.type == "cuda"
+    if precision in ("auto", "tf32") and on_gpu:
+        recent = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+        recent = precision == "auto" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    if precision == "tf32" and not recent:
+        raise UserError(f'opt.precision = "tf32": {device} does not have it, only NVIDIA GPUs from Ampere on; use '
+                        '"auto" or "fp32"')
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if precision == "fp32" else "tf32"  # not products of matrices:
+    if precision == "auto":  # SSIM would lose its variances
+        return torch.bfloat16 if recent else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def precision_name(precision: str, dtype: torch.dtype) -> str:
+    """For messages and sidecars."""
+    return "float32, convolutions in TF32" if precision == "tf32" else str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,25 @@ from data.study import Study, steps_per_epoch, training_batch
 from data.volumes import write_volume
 from models.diffusion import Purpose, keyed_generator
 from training.checkpoint import Checkpoint
-from training.distributed import all_reduce_sum, is_main_rank, rank, shard, stop_requested_on_any_rank, wrap_ddp
+from training.distributed import (
+    all_reduce_sum,
+    any_rank,
+    is_main_rank,
+    rank,
+    shard,
+    stop_requested_on_any_rank,
+    sum_over_ranks,
+    world_size,
+    wrap_ddp,
+)
 from training.ema import EMA
 from training.log import Log, write_run_record
 from training.optimise import DECAY_FRACTION, Optimiser
+from utils.device import Numbers, one_ahead
 from utils.errors import UserError
 from utils.figures import Panel, save_grid
 from utils.stop import Interrupted, stop
 
-SAVE_SECONDS = 60  # between the saves at the ends of epochs, which may be shorter than a save
 TIMED_STEPS = 10  # after the first step; then the time of an epoch is printed
 MicroBatch = tuple[str, list[int], float]  # target; places in the batch, 0 .. B - 1; weight of its loss
 
@@ -117,7 +127,7 @@ def fit(stage: Stage) -> bool:
     """Train until the last step or until a stop is requested; returns whether the run is finished."""
     opt, study, members = stage.opt, stage.study, stage.study.roles["train"]
     per_epoch = steps_per_epoch(members, opt.batch_size)
-    total = stage.total_steps()
+    total, on_gpu = stage.total_steps(), stage.device.type == "cuda"
     ema = EMA(stage.network, opt.ema_decay)
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
@@ -133,80 +143,139 @@ def fit(stage: Stage) -> bool:
     stage.begin()
     if not resumed:
         run.save(run.last)
-    network, finished, start = wrap_ddp(stage.network, stage.device), False, run.step
+    if on_gpu:
+        study.keep_on(stage.device, torch.cuda.mem_get_info(stage.device)[0] // 4)
+    network, finished, unread, start = wrap_ddp(stage.network, stage.device), False, None, run.step
+    pauses = Pauses({"validation": (per_epoch * opt.validate_every,), "pictures": (stage.save_every,),
+                     "checkpoint": (opt.checkpoint_every, per_epoch)}, run.step, total, opt.max_overhead)
 
-    def is_due(every: int) -> bool:
-        return run.step > 0 and (run.step % every == 0 or run.step >= total)
+    def loaded_steps() -> Iterator[tuple[list[int], list[tuple[MicroBatch, tuple]]]]:
+        for step in range(run.step, total):
+            batch = training_batch(members, opt.batch_size, opt.seed, step)
+            yield batch, [(each, stage.load(each, batch, step)) for each in stage.micro_batches(batch)]
 
-    with tqdm(total=total, initial=run.step, unit="step") as bar, saved_where_a_file_fails(run):
+    def read_numbers() -> None:
+        """Log the last step, whose numbers have come from the device by now."""
+        nonlocal unread
+        if unread is None:
+            return
+        (step, batch, terms, numbers), unread = unread, None
+        loss, *values, norm, scale = numbers.read()
+        where = f"step {step} with {', '.join(study.pairs[i].name for i in batch)}"
+        taken, epoch = optimiser.judge(loss, norm, scale, where), math.ceil(step / per_epoch)
+        log.write("training", step, epoch=epoch, loss=loss, gradient_norm=norm, **dict(zip(terms, values)),
+                  learning_rate=optimiser.learning_rate(step - 1) if taken else 0.0)
+        bar.set_description(f"{stage.name}, epoch {epoch}/{stage.epochs}", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        bar.update()
+
+    def save(wait: bool = True) -> None:
+        read_numbers()
+        run.save(run.last)
+        if wait:
+            run.finish_writing()
+
+    with tqdm(total=total, initial=run.step, unit="step") as bar, saved_where_a_file_fails(save), \
+            contextlib.closing(one_ahead(loaded_steps(), on_gpu, stage.device)) as steps:
         while not stop_requested_on_any_rank():
             # ---- Validate, draw and save, at the top: a resumed run first does what is due at its step
-            epoch = math.ceil(run.step / per_epoch)
-            if is_due(per_epoch * opt.validate_every):
-                scores = means_over_ranks(stage.metrics, stage.validate(ema.model))
-                if stop_requested_on_any_rank():
-                    break
-                record_validation(stage, run, log, epoch, scores)
-            if is_due(stage.save_every):
-                if is_main_rank():
-                    with contextlib.suppress(Interrupted):  # the ranks meet below
+            if pauses.is_due("validation", run.step):
+                read_numbers()
+                with pauses.taking("validation"):
+                    scores = means_over_ranks(stage.metrics, stage.validate(ema.model))
+                    if stop_requested_on_any_rank():
+                        break
+                    record_validation(stage, run, log, math.ceil(run.step / per_epoch), scores)
+            if pauses.is_due("pictures", run.step):
+                read_numbers()
+                with pauses.taking("pictures"), contextlib.suppress(Interrupted):  # the ranks meet below
+                    if is_main_rank():
                         picture, scores = stage.draw(ema.model, run.step)
-                        log.write("samples", run.step, epoch=epoch, **scores)
+                        log.write("samples", run.step, epoch=math.ceil(run.step / per_epoch), **scores)
                         log.picture(picture, run.step)
                 if stop_requested_on_any_rank():
                     break
-            if is_due(opt.checkpoint_every) or (is_due(per_epoch) and time.monotonic() > run.saved_at + SAVE_SECONDS):
-                run.save(run.last)
+            if pauses.is_due("checkpoint", run.step):
+                with pauses.taking("checkpoint"):
+                    save(wait=False)
             if run.step >= total:
                 finished = True
                 break
 
-            # ---- One step: load, forward, loss, backward, optimiser
-            epoch, batch = run.step // per_epoch + 1, training_batch(members, opt.batch_size, opt.seed, run.step)
+            # ---- One step: load, forward, loss, backward, optimiser. On a GPU, nothing here waits for it
+            batch, loaded = next(steps)
+            torch.backends.cudnn.benchmark = len(batch) == opt.batch_size and world_size() == 1  # of one shape
             torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, run.step, rank()).initial_seed())  # dropout
             loss, terms = torch.zeros((), device=stage.device), {}
-            micro_batches = stage.micro_batches(batch)
-            for number, micro_batch in enumerate(micro_batches, start=1):
-                data = stage.load(micro_batch, batch, run.step)
-                network.require_backward_grad_sync = number == len(micro_batches)  # only DDP reads it
+            for number, (micro_batch, data) in enumerate(loaded, start=1):
+                network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
                 part, part_terms = stage.loss(network, micro_batch, data)
                 optimiser.scale(part).backward()
                 loss = loss + part.detach()
                 terms = {name: terms.get(name, 0.0) + value.detach() for name, value in part_terms.items()}
-            values = optimiser.step(loss, f"step {run.step + 1} with {', '.join(study.pairs[i].name for i in batch)}")
-            if values["taken"]:
-                ema.update(stage.network)
-
-            # ---- Count and log
+            values = sum_over_ranks(torch.stack([loss, *terms.values()]))
+            judged = optimiser.step(values[0], run.step)
+            ema.update(stage.network)
+            read_numbers()  # of the step before
             run.step += 1
-            if terms:
-                values |= zip(terms, all_reduce_sum(*torch.stack(list(terms.values())).tolist()))
-            log.write("training", run.step, epoch=epoch, **values)
-            bar.update()
-            bar.set_description(f"{stage.name}, epoch {epoch}/{stage.epochs}")
-            bar.set_postfix_str(f"loss {values['loss']:.4f}")
+            unread = run.step, batch, [*terms], Numbers(torch.cat([values, judged]))
             if run.step == start + 1:  # the first step also warms up
                 clock = time.perf_counter()
             if run.step == start + 1 + TIMED_STEPS:
                 seconds = (time.perf_counter() - clock) / TIMED_STEPS
                 bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.2g} min per epoch, "
-                          f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)")
+                          f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)"
+                          + (f"\nmemory      {torch.cuda.max_memory_allocated(stage.device) / 2**30:.1f} GiB of the GPU"
+                             if on_gpu else ""))
+        if not finished:
+            save()
+    run.finish_writing()
     if not finished:
-        run.save(run.last)
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); run the same command to resume.", flush=True)
         return False
     stage.finish(run)
     return True
 
 
+class Pauses:
+    """What training pauses for, each every so many steps: kind -> numbers of steps. share: opt.max_overhead.
+
+    Each kind waits where all its pauses would take more than a third of that share of the time of this process; at the
+    last step nothing waits.
+    """
+
+    def __init__(self, every: dict[str, tuple[int, ...]], start: int, total: int, share: float):
+        self.every, self.total, self.begin = every, total, time.monotonic()
+        self.last, self.seconds = dict.fromkeys(every, max(0, start - 1)), dict.fromkeys(every, 0.0)
+        self.share = share
+
+    def is_due(self, kind: str, step: int) -> bool:
+        """The same on all ranks: the clock of the main one counts."""
+        last = self.last[kind]
+        if step == last or not (step >= self.total or any(step // n > last // n for n in self.every[kind])):
+            return False
+        training = time.monotonic() - self.begin - sum(self.seconds.values())
+        there_is_time = len(self.every) * (1 - self.share) * self.seconds[kind] <= self.share * training
+        if step < self.total and not any_rank(is_main_rank() and there_is_time):
+            return False
+        self.last[kind] = step
+        return True
+
+    @contextlib.contextmanager
+    def taking(self, kind: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.seconds[kind] += time.monotonic() - begin
+
+
 @contextlib.contextmanager
-def saved_where_a_file_fails(run: Checkpoint) -> Iterator[None]:
+def saved_where_a_file_fails(save: Callable[[], None]) -> Iterator[None]:
     """Save the state before a file that cannot be read, which has not harmed it, ends the run."""
     try:
         yield
     except DataError:
         try:
-            run.save(run.last)
+            save()
         except UserError as error:
             print(f"note: {error}")
         raise

@@ -1,0 +1,118 @@
+"""Keeping a GPU busy, as far as a CPU can show it: threads, numbers read late, and steps on a GPU that is not there."""
+
+import threading
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import models.layers
+import models.losses
+from tests.test_augment import transform
+from tests.test_loop import new_stage
+from train_refine import Stage2
+from training.checkpoint import STAGE_1
+from training.optimise import Optimiser
+from utils.device import Numbers, one_ahead
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_items_are_made_one_ahead_and_errors_come_in_their_place(in_thread):
+    made, names = [], set()
+
+    def items():
+        for number in range(3):
+            names.add(threading.current_thread().name)
+            made.append(number)
+            yield number
+        raise ValueError("the fourth")
+    used = []
+    with pytest.raises(ValueError, match="the fourth"):
+        for item in one_ahead(items(), in_thread, torch.device("cpu")):
+            used.append(item)
+    assert used == made == [0, 1, 2]
+    assert (threading.current_thread().name in names) == (not in_thread)
+    assert list(one_ahead(range(4), in_thread, torch.device("cpu"))) == [0, 1, 2, 3]
+    before = threading.active_count()
+    next(steps := one_ahead(range(9), in_thread, torch.device("cpu")))
+    steps.close()
+    assert threading.active_count() == before
+
+
+def test_numbers_are_those_of_the_moment_they_were_sent():
+    assert Numbers(torch.tensor([1.5, -2.0])).read() == [1.5, -2.0]
+
+
+def on_fake_gpu(value: object) -> object:
+    """Tensors in tuples and dicts, on a GPU."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=GPU)
+    if isinstance(value, dict):
+        return {name: on_fake_gpu(each) for name, each in value.items()}
+    return tuple(map(on_fake_gpu, value)) if isinstance(value, tuple) else value
+
+
+@pytest.fixture
+def no_caches():
+    """Of fake tensors, before and after."""
+    caches = models.layers.frequencies, models.layers.linear_weights, models.losses.gaussian_band
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("number, large, kind", [(1, 0, "muon"), (1, 2**20, "adam"), (2, 0, "adam"),
+                                                 (2, 2**20, "muon")])
+def test_from_the_forward_pass_to_the_optimiser_nothing_waits_for_a_gpu(study_csv, tmp_path, monkeypatch, no_caches,
+                                                                        number, large, kind):
+    """FakeTensor knows the shapes and devices of a GPU without having one. It raises where tensors of two devices meet,
+    and where Python needs a value, which a GPU has only once everything before is done. It has no backward pass."""
+    stage = new_stage(study_csv, tmp_path, attention_tokens=10**6)
+    if number == 2:
+        state = {**stage.metadata, "stage": STAGE_1, "step": 0, "ema": {"model": stage.network.state_dict()},
+                 "best": 0.0, "run_id": "0" * 32, "sizes": stage.study.sizes, "network": stage.opt.network_arguments()}
+        stage = Stage2(stage.opt, stage.study, torch.device("cpu"), state)
+    monkeypatch.setattr(models.layers, "LARGE", large)
+    micro_batches = stage.micro_batches([0, 2])
+    loaded = [stage.load(each, [0, 2], 0) for each in micro_batches]
+    with FakeTensorMode():
+        for module in stage.network.modules():
+            module._parameters.update({name: torch.nn.Parameter(on_fake_gpu(each))
+                                       for name, each in module._parameters.items() if each is not None})
+            module._buffers.update(on_fake_gpu(module._buffers))
+        stage.device = GPU
+        if number == 1:
+            stage.prior.diffusion._weights = {(GPU, torch.float32): torch.empty(1001, 2, device=GPU)}
+        losses = [stage.loss(stage.network, micro_batch, on_fake_gpu(data))[0]
+                  for micro_batch, data in zip(micro_batches, loaded)]
+        optimiser = Optimiser(stage.network, 1e-3, 1, 10, 1.0, kind, float16=number == 1)
+        for parameter in stage.network.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimiser.scale(sum(losses))
+        assert optimiser.step(sum(losses).detach(), 0).device == GPU
+        with pytest.raises(DataDependentOutputException):
+            sum(losses).item()
+
+
+def test_augmentation_is_computed_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    change = transform("flip", "affine", "intensity")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        volume = torch.empty(4, 1, 6, 5, 4, device=GPU)
+        assert change.volume("fmri", volume).device == change.mask(volume).device == GPU
+
+
+def test_a_kept_study_gives_the_same_volumes_and_masks_and_reads_no_file(study_csv, tmp_path, monkeypatch):
+    study = new_stage(study_csv, tmp_path).study
+    batches = [[3, 0], [5]]
+    before = [(study.volumes(batch), study.masks(batch)) for batch in batches]
+    study.keep_on(torch.device("cpu"), 1000)
+    assert not study._kept
+    study.keep_on(torch.device("cpu"), 10**6)
+    monkeypatch.setattr("data.study.load_volume", None)
+    after = [(study.volumes(batch), study.masks(batch)) for batch in batches]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
