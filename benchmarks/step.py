@@ -19,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
+from scipy.ndimage import zoom
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.study import Study, read_study
@@ -45,15 +47,17 @@ NOTHING_BUT_STEPS = ["--folds=1", "--space=native", "--resize=none", "--no-tenso
 
 
 def write_random_study(folder: Path, sizes: dict[str, tuple[int, ...]], pairs: int) -> Path:
-    """Write pairs of uniform noise and their table."""
+    """Write pairs of smooth random volumes, of which both show the same, and their table."""
     random = np.random.default_rng(0)
     with open(folder / "pairs.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["subject", *sizes])
         for i in range(pairs):
             table.writerow([f"sub-{i}", *(f"{i}_{modality}.nii" for modality in sizes)])
+            field = random.random((4, 4, 4), np.float32)
             for modality, size in sizes.items():
-                nib.save(nib.Nifti1Image(random.random(size, np.float32), np.eye(4)), folder / f"{i}_{modality}.nii")
+                volume = zoom(field, [n / 4 for n in size], order=1)
+                nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / f"{i}_{modality}.nii")
     return folder / "pairs.csv"
 
 
@@ -68,11 +72,14 @@ def new_stage(number: int, settings, study: Study, device: torch.device) -> Stag
 
 
 def train_steps(stage: Stage, warmup: int, steps: int, counter: FlopCounterMode | None = None) -> np.ndarray:
-    """Train with `fit`; returns, per step after the warm-up, seconds, seconds of loading and operations: (steps, 3)."""
+    """Train with `fit`; returns, per step after the warm-up, seconds, seconds of loading and operations: (steps, 3).
+
+    On a GPU only the mean over the steps is exact: to wait for the GPU in each of them would slow them down.
+    """
     marks, loading, micro_batches, load = [], 0.0, stage.micro_batches, stage.load
 
     def marked_micro_batches(batch: list[int]) -> list:  # `fit` calls this where a step begins
-        if stage.device.type == "cuda":
+        if stage.device.type == "cuda" and len(marks) in (warmup, warmup + steps):
             torch.cuda.synchronize(stage.device)
         marks.append((time.perf_counter(), loading, counter.get_total_flops() if counter else 0))
         if len(marks) == warmup + steps + 1:
@@ -93,8 +100,8 @@ def train_steps(stage: Stage, warmup: int, steps: int, counter: FlopCounterMode 
     return np.diff(marks, axis=0)[warmup:]
 
 
-def measure(number: int, warmup: int, steps: int, settings) -> None:
-    """Print one row of the table as JSON, measured in this process and the other ranks."""
+def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stage], dict] = lambda stage: {}) -> None:
+    """Print one row of the table as JSON, measured in this process and the other ranks; `more` adds to it."""
     device = choose_device(settings.device)
     with process_group(device):
         study = read_study(settings)
@@ -103,6 +110,7 @@ def measure(number: int, warmup: int, steps: int, settings) -> None:
         seconds, loading, _ = train_steps(stage, warmup, steps).T
         peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_GIB)
+        added = more(stage)
         operations = train_steps(stage, warmup, steps, FlopCounterMode(display=False))[:, 2]  # last: it keeps tensors
         tflop = all_reduce_sum(operations.mean() / 1e12)[0]
         print(json.dumps({  # only the main rank's output is shown
@@ -113,11 +121,12 @@ def measure(number: int, warmup: int, steps: int, settings) -> None:
             "million_parameters": sum(p.numel() for p in stage.network.parameters()) / 1e6,
             "seconds_per_step": seconds.mean(), "seconds": seconds.tolist(),
             "pairs_per_second": settings.batch_size / seconds.mean(), "loading": loading.sum() / seconds.sum(),
-            "tflop": tflop, "tflop_per_second": tflop / seconds.mean(), "peak_gib": peak}))
+            "tflop": tflop, "tflop_per_second": tflop / seconds.mean(), "peak_gib": peak, **added}))
 
 
-def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ranks: int = 1) -> dict:
-    """`measure` in a new process, or one per rank."""
+def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ranks: int = 1,
+             module: str = "benchmarks.step", timeout: float | None = None) -> dict:
+    """`measure` in a new process, or one per rank: `python -m module --case`. Raises TimeoutExpired and SystemExit."""
     settings = parse_arguments(opt, PRESETS, options, "")
     settings.validate()
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
@@ -125,8 +134,8 @@ def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ra
         table = write_random_study(Path(folder), settings.image_sizes(), settings.batch_size + 1)
         folders = [f"--{name}_dir={folder}/{name}" for name in ("cache", "checkpoint", "result")]
         case = ["--case", *map(str, (stage, warmup, steps)), *options, *NOTHING_BUT_STEPS, f"--data_root={table}"]
-        done = subprocess.run([sys.executable, *launcher, "-m", "benchmarks.step", *case, *folders],
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *launcher, "-m", module, *case, *folders],
+                              capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ from benchmarks import (
     chart,
     equal_time,
     fuzz,
+    gpu,
     group_difference,
     realism,
     sampling,
@@ -27,7 +30,7 @@ from benchmarks import (
 )
 from data.study import read_study
 from opt import PRESETS, opt
-from tests.conftest import SIZES, arguments, read_csv, refine_arguments, run_code
+from tests.conftest import SIZES, Child, arguments, read_csv, refine_arguments, run_code
 from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.files import write_table
@@ -110,6 +113,82 @@ def test_cost_of_a_step(stage, tmp_path, capsys):
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(row["seconds"]) == 2 and 0 < row["loading"] < 1 and row["tflop"] > 0 and row["peak_gib"] > 0.1
     assert f"| tiny | {stage} | 12x13x11/16x17x14 | 2 | 1 | float32 |" in step.table([{"preset": "tiny", **row}])
+
+
+def test_a_wrong_loss_is_not_within_tolerance():
+    right = {1: 0.5, 2: 0.4}
+    assert gpu.loss_difference({1: 0.5, 2: 0.42}, right, 2) == pytest.approx(0.05)
+    assert gpu.loss_difference({1: 0.5, 2: 0.42}, right, 1) == 0
+    assert gpu.loss_difference({1: 0.5}, right, 2) == math.inf
+    assert [gpu.judge("", measured, 0.1, expected)["ok"] for measured, expected in
+            ((0.1, None), (0.2, None), (28.0, 28.05), (28.0, 28.2), (math.nan, None), (math.inf, None), (None, None))
+            ] == [True, False, True, False, False, False, False]
+    assert gpu.judge("", 12.0, None)["ok"] is None
+
+
+def test_kernels_are_summed_and_the_gpu_is_busy_where_one_runs():
+    events = [{"name": name, "ts": start, "dur": duration} for name, start, duration in (
+        ("sm90_xmma_fprop_implicit_gemm_f32", 0, 1000), ("Memcpy HtoD", 500, 1000),  # overlap for 500
+        ("sm90_xmma_fprop_implicit_gemm_f32", 4000, 2000), ("vectorized_elementwise_kernel", 4500, 1000),  # inside
+        ("triton_poi_fused_convolution_silu", 6000, 500), ("cudnn::ops::nchwToNhwcKernel", 7000, 500))]
+    found = gpu.kernel_table(list(reversed(events)), 2)
+    assert found["busy_ms"] == pytest.approx((1.5 + 2 + 0.5 + 0.5) / 2) and found["kernels"] == 3
+    assert {name: share for name, share in found["shares"].items() if share} == pytest.approx(
+        {"convolutions": 0.5, "copies": 1 / 6, "others": 1 / 6, "compiled": 0.5 / 6, "changes of layout": 0.5 / 6})
+    assert found["longest"][0] == {"name": events[0]["name"], "ms": 1.5, "calls": 1, "share": 0.5}
+    assert gpu.kernel_table([], 2)["busy_ms"] is None
+
+
+def test_profiled_steps_are_those_after_the_warm_up(tmp_path, capsys, monkeypatch):
+    table, found = step.write_random_study(tmp_path, SIZES, 3), []
+    settings = settings_of([*arguments(table, tmp_path), *step.NOTHING_BUT_STEPS])
+    monkeypatch.setattr(gpu, "DEVICE_EVENTS", {"cpu_op"})  # there are no kernels on a CPU
+    step.measure(1, 5, 5, settings, lambda stage: found.extend(
+        gpu.profile_steps(stage, 2, steps) for steps in (1, 3)) or found[1])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["busy_ms"] > 0 and row["shares"]["convolutions"] > 0.1 and len(row["longest"]) == gpu.LONGEST
+    assert found[0]["kernels"] == pytest.approx(found[1]["kernels"], rel=0.2)
+
+
+def test_a_rehearsal_of_the_gpu_finds_a_wrong_loss_and_a_program_that_fails(tmp_path, monkeypatch, capsys):
+    def child(program, words, folder, limit, **environment):
+        run_file = f"import runpy; runpy.run_path({program[0]!r}, run_name='__main__')"
+        code = program[1] if program[0] == "-c" else run_file
+        done = Child(list(words), f"import os; os.chdir({str(folder)!r})\n{code}").wait()
+        log = Path(next((word for word in words if "/refine fp32/result" in word), "=").split("=")[1], "refine/log.csv")
+        if log.exists():
+            lines = [line.split(",") for line in log.read_text().splitlines()]
+            lines[5][3] = str(1.01 * float(lines[5][3]))
+            log.write_text("\n".join(map(",".join, lines)))
+        if any("/sample fp32/" in word for word in words):
+            return 2, "PDS cannot run:\nno such device"
+        return done.returncode, done.stdout + done.stderr
+
+    row = {"stage": 1, "sizes": "", "batch_size": 1, "ranks": 1, "precision": "float32", "seconds_per_step": 0.25,
+           "pairs_per_second": 4.0, "loading": 0.1, "tflop": 1.0, "tflop_per_second": 4.0, "peak_gib": 1.0,
+           **gpu.kernel_table([{"name": "fprop", "ts": 0, "dur": 100_000}], 1)}
+    monkeypatch.setattr(gpu, "child", child)
+    monkeypatch.setattr(step, "run_case", lambda *_, **__: row)
+    monkeypatch.setattr("sys.argv", ["gpu", "--rehearse", "--out", str(tmp_path)])
+    monkeypatch.setitem(gpu.SECONDS, "paper", 1e6)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert ended.value.code == 1 and report["not run"] == ["paper 2 fp32"]
+    failed = [row for row in report["correctness"] if not row["ok"]]
+    assert len(report["correctness"]) == 7 and [row["name"] for row in failed] == [
+        "refine: 8 losses, fp32, CPU again", "sample.py: volumes, fp32, CPU again"]
+    assert failed[0]["measured"] == pytest.approx(0.01, rel=1e-3) and failed[1]["note"].endswith("no such device")
+    assert report["speed"][0]["busy"] == pytest.approx(0.4)
+    assert len(report["demo"]) == 6 and all(row["measured"] and row["ok"] is None for row in report["demo"])
+    assert capsys.readouterr().out == (tmp_path / "gpu.md").read_text()
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match="no GPU here"):
+        gpu.main()
 
 
 def test_augmentation_draws_as_many_pairs_of_each_group_and_its_classifier_learns():
