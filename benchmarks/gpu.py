@@ -48,7 +48,7 @@ TINY = ["--image_size", "fmri=12x13x11", "dmri=16x17x14", "--base_channels", "8"
 STEPS = 8
 SHORT = [*TINY, "--epochs=100", "--refine_epochs=100", "--batch_size=2", "--sampling_steps=3", "--folds=3",
          "--warmup_steps=2", "--num_samples=1", "--validate_every=100", "--no-tensorboard", f"--max_steps={STEPS}",
-         "--checkpoint_every=2", "--space=native", "--align=grid", "--learning_rate=1e-4",
+         "--checkpoint_every=2", "--max_overhead=1", "--space=native", "--align=grid", "--learning_rate=1e-4",
          "--refine_learning_rate=1e-4"]
 # Largest relative difference to the CPU's losses in fp32: of the first one (forward pass only), and of all. On a CPU
 # these precisions, or noise of 3e-7 in the weights, change losses by up to 2e-5 in stage 1 and 2e-4 in stage 2; a
@@ -215,22 +215,13 @@ def kernel_table(events: list[dict], steps: int) -> dict:
 
 def profile_steps(stage: Stage, warmup: int = 3, steps: int = 5) -> dict:
     """`kernel_table` of a few steps under torch.profiler."""
-    marks, micro_batches, on_gpu = [], stage.micro_batches, stage.device.type == "cuda"
-
-    def marked_micro_batches(batch: list[int]) -> list:
-        if on_gpu and len(marks) in (warmup, warmup + steps):
-            torch.cuda.synchronize(stage.device)
-        marks.append(time.time_ns() / 1e3)
-        return micro_batches(batch)
-
-    stage.micro_batches = marked_micro_batches
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
-        step.train_steps(stage, warmup, steps + 1)
-    stage.micro_batches = micro_batches
+    activity = ProfilerActivity.CUDA if stage.device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as trace:
+        marks = step.train_steps(stage, warmup, steps, lambda: time.time_ns() / 1e3)
     with tempfile.TemporaryDirectory() as folder:
         trace.export_chrome_trace(f"{folder}/trace.json")
         found = json.loads(Path(folder, "trace.json").read_text())
-    first, last = (mark - found.get("baseTimeNanoseconds", 0) / 1e3 for mark in (marks[warmup], marks[warmup + steps]))
+    first, last = (mark - found.get("baseTimeNanoseconds", 0) / 1e3 for mark in (marks[0], marks[-1]))
     return kernel_table([event for event in found["traceEvents"] if event.get("cat") in DEVICE_EVENTS
                          and first <= event["ts"] < last], steps)
 

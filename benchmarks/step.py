@@ -5,8 +5,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.step --presets small --ranks 1 2 --batch_size 8     [any options of main.py]
 
 Each case trains a stage on random volumes with the program's own loop, in a process of its own: some steps to warm up,
-then the timed ones, then the same steps again to count their operations. With several ranks, batch_size pairs are
-shared by all of them, and the peak is that of the main rank. With --json: one list on standard output.
+then the timed ones, then the same steps again to count their operations: those dispatched by PyTorch, most of which are
+one kernel on a GPU, and their arithmetic. Loading is the share of the time that it takes, or on a GPU would take: it
+draws and reads the next step's data meanwhile. With several ranks, batch_size pairs are shared by all of them, and the
+peak is that of the main rank. With --json: one list on standard output.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from scipy.ndimage import zoom
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.study import Study, read_study
@@ -34,7 +37,7 @@ from train import Stage1
 from train_refine import Stage2
 from training.checkpoint import STAGE_1
 from training.distributed import all_reduce_sum, process_group, world_size
-from training.launch import choose_device
+from training.launch import choose_device, precision_name
 from training.loop import Stage, fit
 from utils.arguments import parse_arguments
 from utils.stop import Interrupted
@@ -71,33 +74,39 @@ def new_stage(number: int, settings, study: Study, device: torch.device) -> Stag
     return stage
 
 
-def train_steps(stage: Stage, warmup: int, steps: int, counter: FlopCounterMode | None = None) -> np.ndarray:
-    """Train with `fit`; returns, per step after the warm-up, seconds, seconds of loading and operations: (steps, 3).
+def train_steps(stage: Stage, warmup: int, steps: int, measure: Callable[[], object]) -> list:
+    """Train with `fit`; returns what `measure` returns where each step after the warm-up begins, and after the last.
 
-    On a GPU only the mean over the steps is exact: to wait for the GPU in each of them would slow them down.
+    The GPU is waited for only at the first and the last of them: in each step, that would slow it down.
     """
-    marks, loading, micro_batches, load = [], 0.0, stage.micro_batches, stage.load
+    marks, per_step, calls = [], len(stage.micro_batches(list(range(stage.opt.batch_size)))), itertools.count()
+    loss = stage.loss
 
-    def marked_micro_batches(batch: list[int]) -> list:  # `fit` calls this where a step begins
-        if stage.device.type == "cuda" and len(marks) in (warmup, warmup + steps):
-            torch.cuda.synchronize(stage.device)
-        marks.append((time.perf_counter(), loading, counter.get_total_flops() if counter else 0))
-        if len(marks) == warmup + steps + 1:
-            raise Interrupted
-        return micro_batches(batch)
+    def marked_loss(*arguments: object) -> tuple:  # `fit` calls this for each micro-batch
+        if (number := divmod(next(calls), per_step))[1] == 0 and number[0] >= warmup:
+            if stage.device.type == "cuda" and number[0] in (warmup, warmup + steps):
+                torch.cuda.synchronize(stage.device)
+            marks.append(measure())
+            if number[0] == warmup + steps:
+                raise Interrupted
+        return loss(*arguments)
 
-    def timed_load(*arguments: object) -> tuple:
-        nonlocal loading
-        start = time.perf_counter()
-        data = load(*arguments)
-        loading += time.perf_counter() - start
-        return data
-
-    stage.micro_batches, stage.load = marked_micro_batches, timed_load
-    with contextlib.suppress(Interrupted), counter or contextlib.nullcontext():
+    stage.loss = marked_loss
+    with contextlib.suppress(Interrupted):
         fit(stage)
-    stage.micro_batches, stage.load = micro_batches, load
-    return np.diff(marks, axis=0)[warmup:]
+    stage.loss = loss
+    return marks
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute something: not views, nor new memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function._schema.name.removeprefix("aten::")
+        self.count += not (function.is_view or name in ("_unsafe_view", "lift_fresh") or "empty" in name)
+        return function(*arguments, **(named or {}))
 
 
 def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stage], dict] = lambda stage: {}) -> None:
@@ -106,22 +115,37 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
     with process_group(device):
         study = read_study(settings)
         stage = new_stage(number, settings, study, device)
-        study.roles["train"] *= warmup + steps + 2  # an epoch that does not end: no checkpoint between two steps
-        seconds, loading, _ = train_steps(stage, warmup, steps).T
+        study.roles["train"] *= warmup + steps + 4  # an epoch that does not end: no checkpoint between two steps
+        load, loading = stage.load, 0.0
+
+        def timed_load(*arguments: object) -> tuple:
+            nonlocal loading
+            start = time.perf_counter()
+            with _disable_current_modes():  # the host draws and reads, on a GPU meanwhile
+                data = load(*arguments)
+            loading += time.perf_counter() - start
+            return data
+
+        stage.load = timed_load
+        seconds, loaded = np.diff(train_steps(stage, warmup, steps, lambda: (time.perf_counter(), loading)), axis=0).T
         peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_GIB)
         added = more(stage)
-        operations = train_steps(stage, warmup, steps, FlopCounterMode(display=False))[:, 2]  # last: it keeps tensors
-        tflop = all_reduce_sum(operations.mean() / 1e12)[0]
+        with Operations() as operations:
+            counts = train_steps(stage, warmup, steps, lambda: operations.count)
+        with FlopCounterMode(display=False) as counter:  # last: it keeps tensors
+            flops = train_steps(stage, warmup, steps, counter.get_total_flops)
+        tflop = all_reduce_sum((flops[-1] - flops[0]) / steps / 1e12)[0]
         print(json.dumps({  # only the main rank's output is shown
             "stage": number, "sizes": "/".join("x".join(map(str, size)) for size in study.sizes.values()),
             "batch_size": settings.batch_size, "ranks": world_size(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "precision": str(stage.dtype).removeprefix("torch."),
+            "precision": precision_name(settings.precision, stage.dtype),
             "million_parameters": sum(p.numel() for p in stage.network.parameters()) / 1e6,
             "seconds_per_step": seconds.mean(), "seconds": seconds.tolist(),
-            "pairs_per_second": settings.batch_size / seconds.mean(), "loading": loading.sum() / seconds.sum(),
-            "tflop": tflop, "tflop_per_second": tflop / seconds.mean(), "peak_gib": peak, **added}))
+            "pairs_per_second": settings.batch_size / seconds.mean(), "loading": loaded.sum() / seconds.sum(),
+            "operations": (counts[-1] - counts[0]) / steps, "tflop": tflop, "tflop_per_second": tflop / seconds.mean(),
+            "peak_gib": peak, **added}))
 
 
 def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ranks: int = 1,
@@ -143,10 +167,11 @@ def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ra
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = ["| preset | stage | sizes | batch | ranks | precision | s per step | pairs per s | loading | TFLOP | "
-             "TFLOP/s | peak GiB |", f"|{'---|' * 12}"]
+    lines = ["| preset | stage | sizes | batch | ranks | precision | s per step | pairs per s | loading | operations | "
+             "TFLOP | TFLOP/s | peak GiB |", f"|{'---|' * 13}"]
     lines += ["| {preset} | {stage} | {sizes} | {batch_size} | {ranks} | {precision} | {seconds_per_step:.3g} | "
-              "{pairs_per_second:.3g} | {loading:.1%} | {tflop:.3g} | {tflop_per_second:.3g} | {peak_gib:.1f} |"
+              "{pairs_per_second:.3g} | {loading:.1%} | {operations:.0f} | {tflop:.3g} | {tflop_per_second:.3g} | "
+              "{peak_gib:.1f} |"
               .format(**row) for row in rows]
     return "\n".join(lines)
 

@@ -165,7 +165,7 @@ def test_a_rehearsal_of_the_gpu_finds_a_wrong_loss_and_a_program_that_fails(tmp_
         return done.returncode, done.stdout + done.stderr
 
     row = {"stage": 1, "sizes": "", "batch_size": 1, "ranks": 1, "precision": "float32", "seconds_per_step": 0.25,
-           "pairs_per_second": 4.0, "loading": 0.1, "tflop": 1.0, "tflop_per_second": 4.0, "peak_gib": 1.0,
+           "pairs_per_second": 4.0, "loading": 0.1, "tflop": 1.0, "operations": 1.0, "tflop_per_second": 4.0, "peak_gib": 1.0,
            **gpu.kernel_table([{"name": "fprop", "ts": 0, "dur": 100_000}], 1)}
     monkeypatch.setattr(gpu, "child", child)
     monkeypatch.setattr(step, "run_case", lambda *_, **__: row)
@@ -189,6 +189,16 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu"])
     with pytest.raises(SystemExit, match="no GPU here"):
         gpu.main()
+
+
+@pytest.mark.parametrize("stage, most", [(1, 700), (2, 1200)])
+def test_a_step_of_the_default_network_has_few_operations(stage, most, tmp_path, capsys):
+    """A GPU is bound by their number in a network this small."""
+    own = [f"--{each}_dir={tmp_path / each}" for each in ("cache", "checkpoint", "result")]
+    settings = settings_of(["--device=cpu", "--precision=fp32", *step.NOTHING_BUT_STEPS, *own])
+    settings.data_root = str(step.write_random_study(tmp_path, settings.image_sizes(), 5))
+    step.measure(stage, 1, 1, settings)
+    assert 0.5 * most < json.loads(capsys.readouterr().out.splitlines()[-1])["operations"] <= most
 
 
 def test_augmentation_draws_as_many_pairs_of_each_group_and_its_classifier_learns():

@@ -31,8 +31,8 @@ def linear(**changes) -> tuple[nn.Linear, Optimiser]:
 def step(optimiser: Optimiser, loss: torch.Tensor, number: int = 0) -> tuple[bool, float]:
     """Whether it was taken, and the gradient norm."""
     optimiser.scale(loss).backward()
-    norm, scale = optimiser.step(loss.detach(), number).tolist()
-    return optimiser.judge(loss.item(), norm, scale, "step 1"), norm
+    norm = optimiser.step(loss.detach(), number).item()
+    return optimiser.judge(loss.item(), norm, optimiser.loss_scale.item(), "step 1"), norm
 
 
 def test_the_learning_rate_warms_up_stays_and_decays_in_the_last_quarter():

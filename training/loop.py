@@ -159,14 +159,15 @@ def fit(stage: Stage) -> bool:
         nonlocal unread
         if unread is None:
             return
-        (step, batch, terms, numbers), unread = unread, None
-        loss, *values, norm, scale = numbers.read()
+        (step, batch, names, numbers), unread = unread, None
+        *values, norm, scale = numbers.read()
+        values = dict(zip(names, values))
         where = f"step {step} with {', '.join(study.pairs[i].name for i in batch)}"
-        taken, epoch = optimiser.judge(loss, norm, scale, where), math.ceil(step / per_epoch)
-        log.write("training", step, epoch=epoch, loss=loss, gradient_norm=norm, **dict(zip(terms, values)),
+        taken, epoch = optimiser.judge(values["loss"], norm, scale, where), math.ceil(step / per_epoch)
+        log.write("training", step, epoch=epoch, gradient_norm=norm, **values,
                   learning_rate=optimiser.learning_rate(step - 1) if taken else 0.0)
         bar.set_description(f"{stage.name}, epoch {epoch}/{stage.epochs}", refresh=False)
-        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
         bar.update()
 
     def save(wait: bool = True) -> None:
@@ -206,19 +207,19 @@ def fit(stage: Stage) -> bool:
             batch, loaded = next(steps)
             torch.backends.cudnn.benchmark = len(batch) == opt.batch_size and world_size() == 1  # of one shape
             torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, run.step, rank()).initial_seed())  # dropout
-            loss, terms = torch.zeros((), device=stage.device), {}
+            sums = {}  # of this rank: the loss and its terms
             for number, (micro_batch, data) in enumerate(loaded, start=1):
                 network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
-                part, part_terms = stage.loss(network, micro_batch, data)
-                optimiser.scale(part).backward()
-                loss = loss + part.detach()
-                terms = {name: terms.get(name, 0.0) + value.detach() for name, value in part_terms.items()}
-            values = sum_over_ranks(torch.stack([loss, *terms.values()]))
-            judged = optimiser.step(values[0], run.step)
+                loss, terms = stage.loss(network, micro_batch, data)
+                optimiser.scale(loss).backward()
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+            values = sum_over_ranks(torch.stack(list(sums.values())))
+            norm = optimiser.step(values[0], run.step)
             ema.update(stage.network)
             read_numbers()  # of the step before
             run.step += 1
-            unread = run.step, batch, [*terms], Numbers(torch.cat([values, judged]))
+            unread = run.step, batch, [*sums], Numbers(torch.cat([values, norm[None], optimiser.loss_scale[None]]))
             if run.step == start + 1:  # the first step also warms up
                 clock = time.perf_counter()
             if run.step == start + 1 + TIMED_STEPS:

@@ -65,8 +65,8 @@ class Optimiser:
     def step(self, loss: Tensor, step: int) -> Tensor:
         """Take step 0, 1, ... on the gradients of `loss` (summed over the ranks), and clear them.
 
-        A step that is not finite changes neither weights nor momenta. Returns for `judge`, still on the device, the
-        gradient norm and the loss scale (2,).
+        A step that is not finite changes neither weights nor momenta. Returns the gradient norm, still on the device:
+        with the loss scale after the step, it is for `judge`.
         """
         if self.float16:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.loss_scale)
@@ -82,7 +82,7 @@ class Optimiser:
             torch._amp_update_scale_(self.loss_scale, self.since_overflow, skip, 2.0, 0.5, STEPS_BEFORE_RAISE)
         for parameter in self.parameters:
             parameter.grad = None
-        return torch.stack([norm, self.loss_scale])
+        return norm
 
     def judge(self, loss: float, norm: float, scale: float, where: str) -> bool:
         """Whether a step was taken, once its numbers are known; tell the user if not. where: step and subjects.
