@@ -44,11 +44,13 @@ def resize_by_products(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """`resize_to` as a product with a matrix per axis: in the dtype and layout (channels-last) of x, and, other than
     F.interpolate on a GPU, with the same gradient every time."""
     h = x.movedim(1, -1)  # (B, X, Y, Z, C)
-    for axis, n in sorted(enumerate(size, start=1), key=lambda each: each[1] / h.shape[each[0]]):  # the smallest first
-        if h.shape[axis] != n:
-            before, after = h.shape[:axis], h.shape[axis + 1:]
-            weights = linear_weights(h.shape[axis], n, h.device).to(h.dtype)
-            h = (weights @ h.reshape(math.prod(before), h.shape[axis], math.prod(after))).reshape(*before, n, *after)
+    with torch.autocast(x.device.type, enabled=False):
+        for axis, n in sorted(enumerate(size, start=1), key=lambda each: each[1] / h.shape[each[0]]):  # shrink first
+            if h.shape[axis] != n:
+                before, after = h.shape[:axis], h.shape[axis + 1:]
+                weights = linear_weights(h.shape[axis], n, h.device).to(h.dtype)
+                h = weights @ h.reshape(math.prod(before), h.shape[axis], math.prod(after))
+                h = h.reshape(*before, n, *after)
     return h.movedim(-1, 1)
 
 
@@ -97,8 +99,8 @@ class NormSiLU(torch.autograd.Function):
             of_shift, of_scale = ((weights * each).sum(dim=2, keepdim=True) for each in sums)  # (B, groups, 1)
             slope = (of_shift * mean - of_scale) * inverse**3 / count
             offset = -slope * mean - of_shift * inverse / count
-            of_x = scaled(x, slope.expand_as(scale), offset.expand_as(scale)).addcmul_(
-                inner, scale.reshape(B, -1, 1, 1, 1).to(x.dtype))
+            of_x = scaled(x, slope.expand_as(scale), offset.expand_as(scale))
+            of_x.addcmul_(inner, scale.reshape(B, -1, 1, 1, 1))
             of_weight = ((sums[1] - mean * sums[0]) * inverse).sum(dim=0).flatten()
             return of_x, of_weight, sums[0].sum(dim=0).flatten(), None, None
 

@@ -165,7 +165,8 @@ def test_a_rehearsal_of_the_gpu_finds_a_wrong_loss_and_a_program_that_fails(tmp_
         return done.returncode, done.stdout + done.stderr
 
     row = {"stage": 1, "sizes": "", "batch_size": 1, "ranks": 1, "precision": "float32", "seconds_per_step": 0.25,
-           "pairs_per_second": 4.0, "loading": 0.1, "tflop": 1.0, "operations": 1.0, "tflop_per_second": 4.0, "peak_gib": 1.0,
+           "pairs_per_second": 4.0, "loading": 0.1, "operations": 1.0, "tflop": 1.0, "tflop_per_second": 4.0,
+           "peak_gib": 1.0,
            **gpu.kernel_table([{"name": "fprop", "ts": 0, "dur": 100_000}], 1)}
     monkeypatch.setattr(gpu, "child", child)
     monkeypatch.setattr(step, "run_case", lambda *_, **__: row)

@@ -214,6 +214,7 @@ def fit(stage: Stage) -> bool:
                 optimiser.scale(loss).backward()
                 for name, value in {"loss": loss, **terms}.items():
                     sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+            torch.backends.cudnn.benchmark = False
             values = sum_over_ranks(torch.stack(list(sums.values())))
             norm = optimiser.step(values[0], run.step)
             ema.update(stage.network)

@@ -16,32 +16,38 @@ FEWEST_ROWS = 64  # of the others, when computed together
 class Muon:
     """The steps of torch.optim.Muon with Nesterov momentum, in a tenth of its operations.
 
-    Gradients and momenta lie one after the other in one tensor. Matrices of about the same shape are orthogonalised
-    together, padded with zeros, which stay zeros and do not change the rest.
+    Gradients and momenta lie one after the other in one tensor, ordered by shape. Matrices of about the same shape are
+    orthogonalised together, padded with zeros, which stay zeros and do not change the rest.
     """
 
     def __init__(self, matrices: list[Tensor], weight_decay: float):
         self.matrices, self.weight_decay = matrices, weight_decay
-        self._gradient, self._momentum = (matrices[0].new_zeros(sum(matrix.numel() for matrix in matrices))
-                                          for _ in range(2))
-        self._gradients, self.momenta = ([part.view_as(matrix) for part, matrix in
-                                          zip(flat.split([matrix.numel() for matrix in matrices]), matrices)]
-                                         for flat in (self._gradient, self._momentum))
-        groups, self._padded = {}, [None] * len(matrices)
-        self._by_scale = {}  # tall matrices take longer steps (torch.optim.Muon): scale -> their places
+        members, groups, self._by_scale = {}, {}, {}  # of a shape: places; of a group: shapes; of a scale: places
         for place, (rows, columns) in enumerate(matrix.shape for matrix in matrices):
-            short, long = sorted((rows, columns))
-            key = (short, True) if long > FLAT * short else (max(short, FEWEST_ROWS), False)
-            groups.setdefault(key, []).append(place)
+            members.setdefault((rows, columns), []).append(place)
+            # torch.optim.Muon takes longer steps of tall matrices
             self._by_scale.setdefault(math.sqrt(max(1, rows / columns)), []).append(place)
-        self._groups = []  # (matrices, rows, columns) of bfloat16
-        for places in groups.values():
-            sizes = [sorted(matrices[place].shape) for place in places]
-            padded = self._gradient.new_zeros(len(places), *map(max, zip(*sizes)), dtype=torch.bfloat16)
-            self._groups.append(padded)
-            for place, part, (short, long) in zip(places, padded, sizes):
-                wide = part[:short, :long]
-                self._padded[place] = wide if matrices[place].shape == wide.shape else wide.mT
+        for short, long, shape in sorted((min(shape), max(shape), shape) for shape in members):
+            key = (short, True) if long > FLAT * short else (max(short, FEWEST_ROWS), False)
+            groups.setdefault(key, []).append(shape)
+        total = sum(matrix.numel() for matrix in matrices)
+        self._gradient, self._momentum = (matrices[0].new_zeros(total) for _ in range(2))
+        self._gradients, self.momenta = ([None] * len(matrices) for _ in range(2))  # views
+        self._groups, self._of_shapes, self._padded = [], [], []  # bfloat16; of a shape: a view in each of the two
+        start = 0
+        for shapes in groups.values():
+            size = [max(each(shape) for shape in shapes) for each in (min, max)]
+            group = matrices[0].new_zeros(sum(len(members[shape]) for shape in shapes), *size, dtype=torch.bfloat16)
+            self._groups.append(group)
+            for shape, part in zip(shapes, group.split([len(members[shape]) for shape in shapes])):
+                end = start + len(part) * math.prod(shape)
+                of_shape, momenta = (flat[start:end].view(-1, *shape) for flat in (self._gradient, self._momentum))
+                wide = part[:, :min(shape), :max(shape)]
+                self._of_shapes.append(of_shape)
+                self._padded.append(wide if shape[0] <= shape[1] else wide.mT)
+                for place, gradient, momentum in zip(members[shape], of_shape, momenta):
+                    self._gradients[place], self.momenta[place] = gradient, momentum
+                start = end
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], rate: float, ok: Tensor) -> None:
@@ -50,10 +56,10 @@ class Muon:
         torch.where(ok, self._gradient, self._momentum, out=self._gradient)  # finite
         self._momentum.lerp_(self._gradient, 1 - MOMENTUM)
         self._gradient.lerp_(self._momentum, MOMENTUM)
-        torch._foreach_copy_(self._padded, self._gradients)
+        torch._foreach_copy_(self._padded, self._of_shapes)
         for group in self._groups:
             orthogonalise_(group)
-        torch._foreach_copy_(self._gradients, self._padded)
+        torch._foreach_copy_(self._of_shapes, self._padded)
         self._gradient.mul_(ok)
         torch._foreach_mul_(self.matrices, 1 - rate * self.weight_decay * ok)
         for scale, places in self._by_scale.items():
