@@ -28,7 +28,7 @@ from utils.errors import UserError
 CHECKPOINT_EVERY = 5
 OPTIONS = ["--base_channels=8", "--unet_depth=2", "--epochs=6", "--refine_epochs=6", "--batch_size=2",
            "--sampling_steps=4", f"--checkpoint_every={CHECKPOINT_EVERY}", "--validate_every=2",
-           "--num_samples=1", "--warmup_steps=2", "--folds=3", "--no-tensorboard"]
+           "--num_samples=1", "--warmup_steps=2", "--folds=3", "--no-tensorboard", "--max_overhead=1"]
 SUBJECTS = 10
 KILLS_IN_A_WRITE = 0.4  # fraction
 # Where a file grows beyond the limit, the system ends the process at that byte
