@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from benchmarks import (
     ablation,
     augmentation,
     chart,
+    cross_validate,
     equal_time,
     fuzz,
     gpu,
@@ -277,3 +279,58 @@ def test_a_case_that_fails_is_counted_and_shown(tmp_path):
     status, _ = fuzz.in_a_child(lambda words: 1 / len(words), [], tmp_path / "log.txt")
     assert status == 1 and "ZeroDivisionError" in (tmp_path / "log.txt").read_text()
     assert fuzz.in_a_child(lambda words: os.kill(os.getpid(), 9), [], tmp_path / "log.txt")[0] == -9
+
+
+def test_all_folds_are_joined_and_an_interruption_changes_nothing(study_csv, tmp_path, monkeypatch, capsys):
+    calls, stop_at = [], 4  # the second stage of fold 1
+
+    def run(command: list[str]) -> SimpleNamespace:
+        calls.append(command)
+        return SimpleNamespace(returncode=3 if len(calls) == stop_at else main.main(command[2:]))
+    monkeypatch.setattr(cross_validate, "subprocess", SimpleNamespace(run=run))
+    table, first = study_csv.with_name("sessions.csv"), read_csv(study_csv)
+    visits = [("sub-01", 1), ("sub-01", 2), ("sub-03", 1), ("sub-04", 1), ("sub-05", 1), ("sub-06", 1)]
+    write_table(table, ("subject", "session", "group", *SIZES), [
+        {**row, "subject": subject, "session": session, "group": "AD" if subject > "sub-03" else "NC"}
+        for row, (subject, session) in zip(first, visits)])
+    options = [*arguments(table, tmp_path), "--max_steps", "2"]
+    for name in ("checkpoint", "result"):  # of each fold
+        place = options.index(f"--{name}_dir")
+        del options[place:place + 2]
+    for name in ("interrupted", "not"):
+        monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path / name), *options])
+        if name == "interrupted":
+            with pytest.raises(SystemExit) as stopped:
+                cross_validate.main()
+            assert stopped.value.code == 3 and len(calls) == 4
+        cross_validate.main()
+    assert len(calls) == 4 + 4 + 6  # the finished fold is not repeated, the first stage of the second one is looked at
+    for file in ("scores.csv", "table.csv", "table.md", "table.tex"):
+        assert (tmp_path / "interrupted" / file).read_text() == (tmp_path / "not" / file).read_text()
+    tested = [row for row in read_csv(tmp_path / "not/scores.csv") if row["volume"] == "refined"]
+    assert len({row["fold"] for row in tested}) == 3 and len(tested) >= 2 * 6
+    entries = {(row["what"], row["of"], row["score"], row["direction"]): row for row in
+               read_csv(tmp_path / "not/table.csv")}
+    assert entries["volume", "coarse", "psnr", "fmri->dmri"]["subjects"] == "5"
+    assert {"AD", "NC", "1", "2", "brain"} <= {of for _, of, *_ in entries}
+    assert "\\begin{tabular}" in (tmp_path / "not/table.tex").read_text()
+    assert Image.open(tmp_path / "not/worst.png").size[1] > 6 * 120
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--seed", "1"])
+    with pytest.raises(SystemExit, match="these folds have other options"):
+        cross_validate.main()
+
+
+def test_the_table_of_all_folds_averages_sessions_and_corrects_its_tests():
+    assert cross_validate.holm([0.01, 0.04, math.nan, 0.03]) == pytest.approx([0.03, 0.06, math.nan, 0.06], nan_ok=True)
+    scores = {"a": {"refined": [30, 32], "coarse": [28, 28]}, "b": {"refined": [35], "coarse": [36]},
+              "c": {"refined": [29], "coarse": [26]}}
+    rows = [{"fold": 0, "subject": subject, "session": str(visit), "group": "", "direction": "x->y", "volume": volume,
+             "region": "volume", "psnr": value, "ssim": math.nan}
+            for subject, volumes in scores.items() for volume, values in volumes.items()
+            for visit, value in enumerate(values)]
+    table = {(row["what"], row["of"], row["score"]): row for row in cross_validate.summarise(rows, ["psnr", "ssim"])}
+    refined, coarse = table["volume", "refined", "psnr"], table["volume", "coarse", "psnr"]
+    assert (refined["subjects"], refined["mean"]) == (3, pytest.approx(95 / 3)) and "gain" not in refined
+    assert refined["deviation"] == pytest.approx(np.std([31, 35, 29], ddof=1))
+    assert coarse["gain"] == pytest.approx((3 - 1 + 3) / 3) and coarse["p"] == coarse["p_holm"] == pytest.approx(0.5)
+    assert table["session", "1", "psnr"]["mean"] == 32 and ("group", "", "psnr") not in table
