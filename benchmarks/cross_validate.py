@@ -127,7 +127,8 @@ def cells_of(table: list[dict], scores: list[str]) -> list[tuple[list[str], list
         tested = TESTED if what == "volume" else ()
         for of, direction in dict.fromkeys((entry["of"], entry["direction"]) for entry in part):
             entries = {entry["score"]: entry for entry in part if (entry["of"], entry["direction"]) == (of, direction)}
-            line = ["none" if of == "" else str(of), direction, str(max(entry["subjects"] for entry in entries.values()))]
+            subjects = max(entry["subjects"] for entry in entries.values())
+            line = ["none" if of == "" else str(of), direction, str(subjects)]
             line += [text(name, entries[name]["mean"], entries[name]["deviation"]) for name in scores]
             for name in tested:
                 entry = entries[name]

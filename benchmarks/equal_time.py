@@ -48,11 +48,12 @@ COLUMNS = ("arm", "minutes", "seed", "measured_minutes", "steps_1", "steps_2", "
 def plan(options: list[str]) -> dict:
     """Options of an arm, seconds per step of both stages and of all coarse volumes, and the share of stage 1."""
     settings = parse_arguments(opt, PRESETS, options, "")
-    first, second = (run_case(options, stage)["seconds_per_step"] for stage in (1, 2))
+    cases = [run_case(options, stage) for stage in (1, 2)]
+    first, second = (case["seconds_per_step"] for case in cases)
     steps = (0 if settings.coarse == "none" else settings.epochs), settings.refine_epochs
     # a joint sample evaluates both directions, forwards only: a third of a step of stage 2 per batch and evaluation
     drawn = len(find_study(settings)[0]) / settings.batch_size * settings.sampling_steps / 3 * second
-    return {"options": options, "first": first, "second": second,
+    return {"options": options, "first": first, "second": second, "peak_gib": max(case["peak_gib"] for case in cases),
             "share": steps[0] * first / (steps[0] * first + steps[1] * second),
             "coarse": drawn if settings.coarse == "joint" else 0.0}
 

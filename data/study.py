@@ -128,7 +128,7 @@ class Study:
             return
         volumes = {modality: torch.empty(len(self.pairs), 1, *size, device=device)
                    for modality, size in self.sizes.items()}
-        for i in range(len(self.pairs)):  # one by one: the computer may have less memory than the GPU
+        for i in interruptible(range(len(self.pairs))):  # one by one: the computer may have less memory than the GPU
             for modality, volume in self.volumes([i]).items():
                 volumes[modality][i].copy_(volume[0])
         self._kept = {

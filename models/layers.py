@@ -1,7 +1,8 @@
 """Building blocks of the networks. Volumes are (B, C, X, Y, Z); grids may have any size.
 
-On GPUs, PyTorch's group normalisation and trilinear interpolation leave the channels-last layout of the convolutions
-and the 16 bits of autocast, which costs more than they do; large volumes have versions of their own here.
+On GPUs, PyTorch's group normalisation leaves the channels-last layout of the convolutions and the 16 bits of autocast,
+and the gradient of its trilinear interpolation is neither channels-last nor the same every time: that costs more than
+they do. Large volumes have versions of their own here.
 """
 
 import functools
@@ -35,7 +36,7 @@ def resize_to(x: Tensor, size: torch.Size) -> Tensor:
     """Interpolate (B, C, X, Y, Z) trilinearly to another grid with the same field of view."""
     if x.shape[2:] == size:
         return x
-    if is_large_on_gpu(x):
+    if is_large_on_gpu(x) and x.shape[1] > 1:  # a single channel has no layout to keep
         return resize_by_products(x, tuple(size))
     return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
 

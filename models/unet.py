@@ -142,7 +142,8 @@ class DirectionNet(nn.Module):
         direct = [target, source_there, self.mean[:1].expand_as(target)]
         if self.group is not None:
             direct.append(mean - self.mean[:1])
-        return torch.baddbmm(h.flatten(2), gains[:, None], torch.cat(direct, dim=1).flatten(2)).view_as(h)
+        with torch.autocast(source.device.type, enabled=False):
+            return torch.baddbmm(h.flatten(2), gains[:, None], torch.cat(direct, dim=1).flatten(2)).view_as(h)
 
 
 class DualModalUNet(nn.Module):

@@ -25,6 +25,7 @@ from benchmarks import (
     fuzz,
     gpu,
     group_difference,
+    peers,
     realism,
     sampling,
     stage1_quality,
@@ -235,7 +236,7 @@ def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, mon
 
     calls, arms = [], {name: equal_time.ARMS[name] for name in (equal_time.REFERENCE, "two stages")}
     monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(equal_time, "run_case", lambda options, stage: {"seconds_per_step": 1.0})
+    monkeypatch.setattr(equal_time, "run_case", lambda options, stage: {"seconds_per_step": 1.0, "peak_gib": 1.0})
     own = SimpleNamespace(minutes=[4 / 60], seeds=2, out=tmp_path)
     options = [word for word in grouped[0] if word != "--max_steps"][:-1]
     for _ in range(2):  # finished runs are not repeated
@@ -334,3 +335,57 @@ def test_the_table_of_all_folds_averages_sessions_and_corrects_its_tests():
     assert refined["deviation"] == pytest.approx(np.std([31, 35, 29], ddof=1))
     assert coarse["gain"] == pytest.approx((3 - 1 + 3) / 3) and coarse["p"] == coarse["p_holm"] == pytest.approx(0.5)
     assert table["session", "1", "psnr"]["mean"] == 32 and ("group", "", "psnr") not in table
+
+
+def test_peers_learn_each_direction_and_are_compared_by_subject(grouped, tmp_path, monkeypatch, capsys):
+    options, methods, calls = grouped[0], (peers.PDS, "residual U-Net", "copy", "mean"), []
+
+    def train(method: str, rate: float, minutes: float, role: str, settings) -> dict:
+        calls.append((method, rate, role))
+        return run_peer(method, rate, minutes, role, settings)
+
+    def child(command: list[str], **_) -> SimpleNamespace:
+        method, rate, minutes, role, *words = command[4:]
+        found = train(method, float(rate), float(minutes), role, settings_of(words))
+        return SimpleNamespace(returncode=0, stdout=json.dumps(found))
+
+    def pds(folder: Path, minutes: float, settings, words: list[str]) -> dict:
+        rows = [{**row, "psnr": row["psnr"] + 1} for row in peers.run_baseline("mean", settings)["rows"]]
+        return {"rate": None, "minutes": minutes, "peak_gib": 1.0, "steps": 2, "parameters": 10**6, "rows": rows}
+    run_peer = peers.run_peer
+    monkeypatch.setattr(peers, "subprocess", SimpleNamespace(run=child, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(peers, "run_pds", pds)
+    monkeypatch.setattr("sys.argv", ["x", "--minutes", "0.01", "--search_minutes", "0.005", "--rates", "1e-3", "1e-2",
+                                     "--seeds", "1", "--out", str(tmp_path), "--methods", *methods, *options])
+    for _ in range(2):  # finished runs are not repeated
+        peers.main()
+    assert len(calls) == 3 and {role for *_, role in calls} == {"validation", "test"}
+    lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()]
+    assert len(lines) == 2 + 2 * len(methods)
+    mean = next(line for line in lines if line[1:2] == ["mean"])
+    assert "+1.00 (" in mean[6] and len(read_csv(tmp_path / "scores.csv")) == 2 * 2 * len(methods)
+    with pytest.raises(SystemExit, match="has other options"):
+        monkeypatch.setattr("sys.argv", [*sys.argv, "--loss", "l1"])
+        peers.main()
+
+
+@pytest.mark.parametrize("method", ["residual U-Net", "DynUNet", "diffusion", "pix2pix"])
+def test_a_peer_learns_what_it_sees(grouped, method):
+    """Steps on one pair lower its losses; unknown voxels take no part."""
+    torch.manual_seed(0)
+    study = read_study(settings_of(grouped[0]))
+    peer = peers.Peer(method, study, "fmri", "dmri", torch.device("cpu"))
+    source, truth = peer.load([0])
+    assert source.shape == truth.shape == (1, 1, 16, 24, 16) and truth.isnan().sum() == truth.numel() - 16 * 17 * 14
+    optimiser, losses = torch.optim.Adam(peer.network.parameters(), 1e-3), []
+    for _ in range(8):
+        torch.manual_seed(1)
+        loss, of_discriminator = peer.losses(source, truth)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+        assert (of_discriminator is None) == (method != "pix2pix")
+    assert losses[-1] < 0.9 * losses[0]
+    made = peer.translate(0)
+    assert made.shape == (16, 17, 14) and np.abs(made).max() <= 1

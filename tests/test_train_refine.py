@@ -125,3 +125,13 @@ def test_a_backbone_of_another_split_or_network_is_refused(trained, study_csv, t
     assert "fold: 0 there, 1 now" in message and "split" in message
     assert "base_channels: 8 there, 16 now" in refusal(capsys, words_of(trained, study_csv, tmp_path,
                                                                        "--base_channels", "16"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_both_stages_train_validate_and_draw_in_16_bits(study_csv, tmp_path, precision):
+    more = ("--precision", precision, "--max_steps", "2")
+    assert main.main(arguments(study_csv, tmp_path, *more)) == 0
+    assert main.main(refine_arguments(study_csv, tmp_path, *more)) == 0
+    for stage in ("stage1", "refine"):
+        rows = read_csv(tmp_path / "results" / stage / "log.csv")
+        assert [row["kind"] for row in rows][-2:] == ["validation", "samples"] and float(rows[-1]["psnr"]) > 0

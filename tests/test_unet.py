@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from models.layers import Attention
+from models.layers import Attention, resize_to
 from models.unet import DualModalUNet, NetworkConfig
 
 SIZES = {"a": (11, 14, 13), "b": (17, 12, 15)}
@@ -71,3 +71,15 @@ def test_gradient_checkpointing_keeps_the_gradient_and_saves_memory():
         gradients.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
     assert sum(saved[True]) < 0.6 * sum(saved[False])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_what_reaches_the_output_directly_is_not_rounded(dtype):
+    torch.manual_seed(0)
+    net, x = DualModalUNet(SIZES, CONFIG), noise()
+    nn.init.constant_(net.net("b").gain.bias, 0.9)  # the head's weights are 0
+    with torch.autocast("cpu", dtype):
+        output = net(x, T5, {"b"})["b"]
+    expected = 0.9 * (x["b"] + resize_to(x["a"], x["b"].shape[2:]) + net.net("b").mean[:1])
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)

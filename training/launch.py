@@ -79,8 +79,9 @@ def set_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision == "tf32" and not recent:
         raise UserError(f'opt.precision = "tf32": {device} does not have it, only NVIDIA GPUs from Ampere on; use '
                         '"auto" or "fp32"')
-    torch.backends.cudnn.conv.fp32_precision = "ieee" if precision == "fp32" else "tf32"  # not products of matrices:
-    if precision == "auto":  # SSIM would lose its variances
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # never TF32: SSIM would lose its variances
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+    if precision == "auto":
         return torch.bfloat16 if recent else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 

@@ -79,7 +79,10 @@ class Optimiser:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.hidden]
             self.muon.step(list(map(as_matrix, gradients, self.hidden)), MUON_RATE * rate, ok)
         if self.float16:
-            torch._amp_update_scale_(self.loss_scale, self.since_overflow, skip, 2.0, 0.5, STEPS_BEFORE_RAISE)
+            overflow = (loss.abs() < math.inf) & ~ok  # a loss that is not finite says nothing about the scale
+            torch._amp_update_scale_(self.loss_scale, self.since_overflow, overflow.float(), 2.0, 0.5,
+                                     STEPS_BEFORE_RAISE)
+            self.loss_scale.clamp_(min=0.5)  # below 1: gradients overflow without a scale, see `judge`
         for parameter in self.parameters:
             parameter.grad = None
         return norm
@@ -112,8 +115,9 @@ class Optimiser:
 
     def load_state_dict(self, state: dict) -> None:
         """Copy a state into tensors of its own. Raises one of UNFIT (utils/tensors.py) where it does not fit."""
-        for name, kind in (("bad_in_a_row", int), ("loss_scale", float), ("since_overflow", int)):
-            if type(state[name]) is not kind or not 0 <= state[name] < 2**31:
+        for name, kind, most in (("bad_in_a_row", int, 2**31), ("loss_scale", float, math.inf),
+                                 ("since_overflow", int, 2**31)):
+            if type(state[name]) is not kind or not 0 <= state[name] < most:
                 raise ValueError(f"{name} = {state[name]!r}")
         self.bad_in_a_row = state["bad_in_a_row"]
         self.loss_scale.fill_(state["loss_scale"])
