@@ -149,6 +149,10 @@ class Options(Settings):
     # ---- Output
     checkpoint_dir: str = path("./checkpoints")  # folder of {best,last}_{model,refine}.pth
     result_dir: str = path("./results")  # folder of figures, NIfTI volumes, log.csv, metrics.csv
+    # a NIfTI label image over the volumes, with {subject} and {session} in its path as in pattern_file: metrics.csv of
+    region_file: str = path("")  # stage 2 and of sample.py also gets the scores inside the regions of region_labels
+    # names of these regions and their labels, at least one. On the command line: tumour=1,2,4 edema=2
+    region_labels: dict = setting({}, affects="nothing")
     # steps between saves; also at the end of an epoch
     checkpoint_every: int = setting(100, at_least=1, affects="nothing")
     validate_every: int = setting(10, at_least=1, affects="nothing")  # epochs between validations (also at the end)
@@ -201,6 +205,11 @@ class Options(Settings):
             raise UserError(f"opt.{name} = {value!r}: give one word, or one for each of {tuple(self.modalities)}")
         return {modality: choices[modality] for modality in self.modalities}
 
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """`region_labels` spelt out: name -> labels."""
+        return {name: tuple(labels) if isinstance(labels, (tuple, list)) else (labels,)
+                for name, labels in self.region_labels.items()}
+
     def resolved(self) -> dict:
         """As `as_dict`, with settings per modality spelt out: what a checkpoint keeps and a run is recognised by."""
         return {**self.as_dict(), **{name: self.per_modality(name) for name in PER_MODALITY}}
@@ -232,6 +241,11 @@ class Options(Settings):
             ("eta", self.eta > 0 and self.sampler != "ddim", 'must be 0 unless opt.sampler = "ddim"'),
             ("pattern_labels", any(label < 1 for label in self.pattern_labels) or
              (self.pattern_labels and not self.pattern_file), "set opt.pattern_file, and labels above 0 (background)"),
+            ("region_labels", bool(self.region_labels) != bool(self.region_file) or not all(
+                isinstance(name, str) and name not in ("", "volume", "brain", "pattern") and labels
+                and all(type(label) is int and label > 0 for label in labels)
+                for name, labels in self.regions().items()),
+             "set opt.region_file, and new names with labels above 0, for example tumour=1,2,4 edema=2"),
             ("uncertainty_samples", self.uncertainty_samples == 1, "one sample has no deviation; use 2 or more, or 0"),
             ("refine", self.refine and not self.resume_path,
              'stage 2 needs a stage-1 model: set opt.resume_path, for example "./checkpoints/best_model.pth"'),

@@ -9,6 +9,7 @@ resume: volumes that are complete, and would be the same again, are kept. Exit s
 """
 
 import contextlib
+import hashlib
 import itertools
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.alignment import misalignment
+from data.atlas import empty_regions, region_masks
 from data.cache import doubts, load_volume
 from data.intensity import brain_region, to_units
 from data.pairs import Pair, find_pairs
@@ -56,7 +58,7 @@ def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
     if not visits:
         raise UserError(f"opt.data_root = {opt.data_root!r}: no visit has a file of {modalities}; give a CSV with one "
                         "of these columns, or a BIDS tree (opt.bids_suffix)")
-    print_notes(notes)
+    print_notes(notes + empty_regions(opt, [pair for pair, scans in visits if len(scans) > 1]))
     return visits
 
 
@@ -78,12 +80,17 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
                for start in range(0, len(members), opt.batch_size)]
     for source, batch in interruptible(tqdm(shard(batches), desc="synthesising", unit="batch", disable=None)):
         targets = [modality for modality in model.modalities if modality != source]
-        samples, missing = opt.uncertainty_samples if source else 0, []
+        samples, missing, regions = opt.uncertainty_samples if source else 0, [], {}
         for (i, (pair, scans)), target, kind in itertools.product(enumerate(batch), targets, ("synth", "std")):
             made_with = {**provenance, "Scans": {name: [metadata["content"], np.round(metadata["affine"], 3).tolist()]
                                                  for name, (_, metadata) in scans.items()}}
             if kind == "std" and samples:
                 made_with["uncertainty_samples"] = samples
+            if kind == "synth" and target in scans and opt.region_file:
+                regions[i, target] = region_masks(opt, pair, model.readings[target].size,
+                                                  np.array(scans[target][1]["affine"]))
+                made_with["Regions"] = {name: hashlib.sha256(mask).hexdigest()  # in others, there would be other scores
+                                        for name, mask in regions[i, target].items()}
             path = derivatives.volume_path(folder, pair, target, kind)
             if not derivatives.is_complete(path, made_with) and (samples or kind == "synth"):
                 missing.append((i, target, kind, path, made_with))
@@ -100,13 +107,14 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
             affine, scores = affines.get(target, model.affines[target]), {}
             if target in scans and kind == "synth":
                 truth = load_volume(scans[target][0])
-                scores = score(volume, truth, {"brain": brain_region(truth)})
+                scores = score(volume, truth, {"brain": brain_region(truth), **regions.get((i, target), {})})
             elif source and target not in scans:  # lies to the source as in the first training pair
                 affine = affines[source] @ np.linalg.inv(model.affines[source]) @ affine
             volume = volume * (high - low) / 2 if kind == "std" else to_units(volume, low, high)
             frame = pair.files.get(source if opt.output_space == "source" else target)
             derivatives.write(path, volume, affine, frame, pair.files.get(source), MadeWith=made_with, Group=pair.group,
-                              Subject=pair.name, Direction=f"{source}->{target}", Scores=scores)
+                              Subject=pair.name, Direction=f"{source}->{target}",
+                              Scores=derivatives.json_scores(scores))
 
 
 def run(settings) -> int:

@@ -40,7 +40,7 @@ from training.launch import set_precision
 from training.loop import MicroBatch, Stage
 from utils.device import to_device
 from utils.figures import save_grid
-from utils.metrics import quality, score
+from utils.metrics import basic_scores, quality
 from utils.stop import interruptible
 
 save_every = 100  # steps between two sample grids in results/
@@ -151,7 +151,7 @@ class Stage1(Stage):
         for (place, i), modality in itertools.product(enumerate(shown), study.modalities):
             volumes = {kind: each[modality][place, 0].cpu().numpy()
                        for kind, each in (("real", real), ("translated", translated), ("joint", joint))}
-            scores.append(score(volumes["translated"], volumes["real"], {})["volume"])
+            scores.append(basic_scores(volumes["translated"], volumes["real"]))
             difference = volumes["translated"] - volumes["real"]
             rows.append((f"{study.pairs[i].name}\n{modality}\n{study.pairs[i].group}", [
                 self.panel(modality, i, volumes["real"], outline=masks[modality][place, 0].numpy() > 0),

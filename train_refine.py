@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.atlas import region_masks
 from data.augment import load_batch
 from data.intensity import brain_region
 from data.study import Study
@@ -27,7 +28,7 @@ from training.launch import set_precision
 from training.loop import MicroBatch, Stage
 from utils.device import to_device
 from utils.errors import UserError
-from utils.metrics import psnr, quality, score, summary, write_metrics
+from utils.metrics import basic_scores, psnr, quality, score, summary, write_metrics
 from utils.stop import interruptible
 from utils.tensors import UNFIT
 
@@ -129,7 +130,7 @@ class Stage2(Stage):
             for source, target in self.prior.network.directions:
                 coarse, refined = self.coarse.volumes(target, [i]), self.refined(network, target, i)
                 coarse, refined, truth = (each[0, 0].numpy() for each in (coarse, refined, real[target]))
-                coarse_scores, refined_scores = (score(each, truth, {})["volume"] for each in (coarse, refined))
+                coarse_scores, refined_scores = (basic_scores(each, truth) for each in (coarse, refined))
                 rows.append((f"{pair.name}\n{source} -> {target}\n{pair.group}", [
                     self.panel(source, i, real[source][0, 0].numpy()),
                     self.panel(target, i, coarse, quality(coarse_scores)),
@@ -159,7 +160,8 @@ class Stage2(Stage):
             real, masks = study.volumes([i]), study.masks([i])
             for source, target in self.prior.network.directions:
                 truth = real[target][0, 0].numpy()
-                regions = {"brain": brain_region(truth), "pattern": masks[target][0, 0].numpy() > 0}
+                regions = {"brain": brain_region(truth), "pattern": masks[target][0, 0].numpy() > 0,
+                           **region_masks(self.opt, study.pairs[i], truth.shape, study.affines[target][i])}
                 refined = self.refined(network, target, i, self.opt.average_flips)
                 candidates = {"refined": refined, "coarse": self.coarse.volumes(target, [i]),
                               "mean": self.coarse.mean(target), "source": real[source]}

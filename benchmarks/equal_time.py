@@ -34,7 +34,7 @@ from synthesis.model import open_model
 from training.launch import choose_device
 from utils.arguments import parse_arguments
 from utils.files import write_table, write_text
-from utils.metrics import paired_gain, score
+from utils.metrics import METRICS, paired_gain, score
 
 REFERENCE = "regression only"
 ARMS = {  # name -> options of both stages; a regression has a stage 1 of one step, because stage 2 asks for a model
@@ -42,7 +42,7 @@ ARMS = {  # name -> options of both stages; a regression has a stage 1 of one st
     "published form": "--coarse joint --timestep_coupling shared --prediction epsilon --loss l1 --fusion late "
                       "--res_blocks 2 --output_blocks 1 --structure_weight 0 --optimiser adam --learning_rate 2e-3 "
                       "--refine_optimiser adam"}  # on patches: on single voxels it would take eight times as long
-COLUMNS = ("arm", "minutes", "seed", "measured_minutes", "steps_1", "steps_2", "subject", "direction", "psnr", "ssim")
+COLUMNS = ("arm", "minutes", "seed", "measured_minutes", "steps_1", "steps_2", "subject", "direction", *METRICS)
 
 
 def plan(options: list[str]) -> dict:
@@ -78,16 +78,15 @@ def train(folder: Path, costs: dict, minutes: float, options: list[str]) -> dict
 
 
 def scores(checkpoint: Path, pairs: list[Pair], settings) -> list[dict]:
-    """PSNR and SSIM of every pair and direction."""
+    """The whole-volume scores (METRICS) of every pair and direction."""
     settings.resume_path, rows = str(checkpoint), []
     model = open_model(settings, choose_device(settings.device))
     for pair, (source, target) in itertools.product(pairs, model.prior.network.directions):
         volumes = {modality: load_volume(file)
                    for modality, (file, _) in model.read(pair.files, Path(settings.cache_dir)).items()}
         made = model.translate(source, target, volumes[source][None], [name_key(pair.name)])["synth"][0]
-        values = score(made, volumes[target], {})["volume"]
         rows.append({"subject": pair.name, "direction": f"{source}->{target}",
-                     "psnr": values["psnr"], "ssim": values["ssim"]})
+                     **score(made, volumes[target], {})["volume"]})
     return rows
 
 

@@ -17,30 +17,18 @@ from models.diffusion import name_key
 from synthesis.model import open_model
 from training.checkpoint import STAGE_1, STAGE_2, read_checkpoint, refuse_another_run
 from training.launch import choose_device
-from utils.metrics import score
+from utils.metrics import basic_scores, sharpness, spectrum
 
 REALISM = (0.0, 0.25, 0.5, 0.75, 1.0)
-BINS = 16  # of the spectrum, up to 0.5 cycles per voxel
-FINE = 0.25  # cycles per voxel, above which power is called fine
-
-
-def spectrum(volume: np.ndarray) -> np.ndarray:
-    """Mean power of (X, Y, Z) in BINS shells of equal width up to 0.5 cycles per voxel, with a Hann window."""
-    for axis, n in enumerate(volume.shape):
-        volume = volume * np.hanning(n + 2)[1:-1].reshape([-1 if a == axis else 1 for a in range(3)])
-    power = np.abs(np.fft.fftn(volume)) ** 2
-    radius = np.sqrt(sum(np.square(each) for each in np.meshgrid(*map(np.fft.fftfreq, volume.shape), indexing="ij")))
-    shell = np.minimum((radius / 0.5 * BINS).astype(int), BINS)  # the last one, the corners, is left out
-    totals, counts = (np.bincount(shell.ravel(), each, BINS + 1)[:BINS] for each in (power.ravel(), None))
-    return totals / np.maximum(counts, 1)  # a small grid leaves shells empty
 
 
 def texture(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """Fine power of `made` over that of `real`, and their log-spectral distance in dB, where `real` is known."""
-    ours, theirs = (spectrum(np.where(np.isnan(real), -1, volume)) for volume in (made, real))
-    fine, filled = np.arange(BINS) >= 2 * FINE * BINS, theirs > 0
+    made, real = (np.where(np.isnan(real), -1, volume) for volume in (made, real))
+    ours, theirs = spectrum(made), spectrum(real)
+    filled = theirs > 0
     decibels = 10 * np.log10(ours[filled] / theirs[filled])
-    return float(ours[fine].sum() / theirs[fine].sum()), float(np.sqrt(np.mean(decibels**2)))
+    return 10 ** (sharpness(made, real) / 10), float(np.sqrt(np.mean(decibels**2)))
 
 
 def report(checkpoint: Path, settings) -> None:
@@ -58,7 +46,7 @@ def report(checkpoint: Path, settings) -> None:
                 real = {modality: volume[:, 0].numpy() for modality, volume in study.volumes([i]).items()}
                 key = name_key(study.pairs[i].name)
                 made = model.translate(source, target, real[source], [key], realism=realism)["synth"][0]
-                scores = score(made, real[target][0], {})["volume"]
+                scores = basic_scores(made, real[target][0])
                 rows.append((scores["psnr"], scores["ssim"], *texture(made, real[target][0])))
             psnr, ssim, power, distance = np.mean(rows, axis=0)
             print(f"| {source}->{target} | {realism:g} | {psnr:.2f} | {ssim:.3f} | {power:.2f} | {distance:.2f} |")

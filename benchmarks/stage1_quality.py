@@ -23,7 +23,7 @@ from models.samplers import Sampling
 from training.checkpoint import STAGE_1, read_checkpoint, refuse_another_run
 from training.launch import choose_device, set_precision
 from utils.errors import UserError
-from utils.metrics import paired_gain, score
+from utils.metrics import basic_scores, paired_gain
 
 SAMPLES = 8  # per subject and direction, and per batch of joint samples
 JOINT = 24  # joint samples
@@ -60,15 +60,15 @@ def translation_scores(prior: Prior, study: Study, settings, members: list[int])
             samples, long = timed(target, prior.sample, keys, sampling_of(settings), given)
             (expected,), short = timed(target, prior.expected, target, real[source])
             (other_expected,), _ = timed(target, prior.expected, target, study.volumes([other])[source])
-            single = [score(sample, truth, {})["volume"] for sample in samples]
-            mean = score(samples.mean(axis=0), truth, {})["volume"]
-            expected, swapped = (score(each, truth, {})["volume"] for each in (expected, other_expected))
+            single = [basic_scores(sample, truth) for sample in samples]
+            mean = basic_scores(samples.mean(axis=0), truth)
+            expected, swapped = (basic_scores(each, truth) for each in (expected, other_expected))
             rows.append({"subject": study.pairs[i].name, "direction": f"{source}->{target}",
                          "psnr_single": np.mean([scores["psnr"] for scores in single]),
                          "ssim_single": np.mean([scores["ssim"] for scores in single]),
                          "psnr_mean": mean["psnr"], "ssim_mean": mean["ssim"], "psnr_swapped": swapped["psnr"],
                          "psnr_expected": expected["psnr"], "ssim_expected": expected["ssim"], "share": short / long,
-                         "psnr_mean_volume": score(means[target][0, 0].numpy(), truth, {})["volume"]["psnr"]})
+                         "psnr_mean_volume": basic_scores(means[target][0, 0].numpy(), truth)["psnr"]})
     return rows
 
 

@@ -26,8 +26,8 @@ Sessions = dict[str, tuple[str, dict[str, Path]]]  # canonical label -> label as
 class Pair:
     """Both scans of one visit of one subject. files: modality -> NIfTI file.
 
-    subject and session are what {subject} and {session} stand for in opt.pattern_file: sub-01 and 2, with and without
-    their prefix.
+    subject and session are what {subject} and {session} stand for in opt.pattern_file and opt.region_file: sub-01 and
+    2, with and without their prefix.
     """
 
     subject: str
@@ -40,6 +40,10 @@ class Pair:
     def name(self) -> str:
         """sub-01 or sub-01_ses-2: the label in figures, tables and file names."""
         return self.subject + (f"_ses-{self.session}" if self.session else "")
+
+    def file_of(self, path: str) -> Path:
+        """The path of a setting, in which {subject} and {session} are this pair's."""
+        return Path(path.replace("{subject}", self.subject).replace("{session}", self.session))
 
     @property
     def person(self) -> str:

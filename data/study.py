@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
-from data.atlas import LabelImage, pattern_mask, roi_centres
+from data.atlas import LabelImage, empty_regions, pattern_mask, roi_centres
 from data.cache import Reading, cached_volume, doubts, identical_scans, load_volume
 from data.demo import COMPLETE, DEMO_ROOT, write_demo
 from data.grids import spacing_of
@@ -79,7 +79,7 @@ class Study:
             in_mni = opt.space == "mni" or (opt.space == "auto" and pair.in_mni)
             source = "the ROIs" if len(centres) and in_mni else ""
             if opt.pattern_file:
-                source = opt.pattern_file.replace("{subject}", pair.subject).replace("{session}", pair.session)
+                source = str(pair.file_of(opt.pattern_file))
             self.has_pattern[i] = bool(source)
             for modality in self.modalities:
                 self._masks[modality].append(mask_for(modality, i, source))
@@ -197,7 +197,7 @@ def read_study(opt) -> Study:
     warnings = raise_if_fatal(problems)
     roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
     study = Study(pairs, roles, readings, align(opt, pairs), Path(opt.cache_dir))
-    print_notes(warnings + study.problems)
+    print_notes(warnings + study.problems + empty_regions(opt, [pairs[i] for i in roles["test"]]))
     study.set_pattern(opt)
     if opt.pattern_weight and not all(study.has_pattern):
         print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs are not known to be in MNI space, as the "

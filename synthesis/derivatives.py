@@ -5,6 +5,7 @@ A sidecar is written after its volume and holds a checksum of both, so an incomp
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -77,6 +78,18 @@ def read_sidecar(path: Path) -> dict:
         return sidecar if sidecar.pop("Checksum") == _checksum(path, sidecar) else {}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return {}
+
+
+def json_scores(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float | str]]:
+    """Scores for a sidecar: NaN and infinity, which JSON does not have, as words that float() reads."""
+    return {region: {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+            for region, values in scores.items()}
+
+
+def scores_in(sidecar: dict) -> dict[str, dict[str, float]]:
+    """The scores in a sidecar; empty without a truth."""
+    return {region: {name: float(value) for name, value in values.items()}
+            for region, values in sidecar.get("Scores", {}).items()}
 
 
 def is_complete(path: Path, provenance: dict) -> bool:

@@ -8,7 +8,7 @@ from data.cache import load_volume
 from data.grids import spacing_of
 from data.intensity import scale
 from data.volumes import on_grid, read_volume
-from synthesis.derivatives import Visit, read_sidecar, read_sidecars, volume_path
+from synthesis.derivatives import Visit, read_sidecar, read_sidecars, scores_in, volume_path
 from utils.figures import Panel, save_grid
 from utils.files import write_table, write_text
 from utils.metrics import quality, summary, write_metrics
@@ -21,7 +21,7 @@ def write_scores(folder: Path) -> None:
     """Write metrics.csv of all volumes with a truth, and print their means."""
     rows = [{"subject": entry["Subject"], "direction": entry["Direction"], "volume": "synthesised", "region": region,
              **scores}
-            for _, entry in read_sidecars(folder) for region, scores in entry["Scores"].items()]
+            for _, entry in read_sidecars(folder) for region, scores in scores_in(entry).items()]
     if rows:
         write_metrics(folder / "metrics.csv", rows)
         print(summary(rows))
@@ -45,7 +45,7 @@ def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[flo
                for target in ranges if target != source]
     for pair, scans, source, target in volumes:
         file, std, (low, high) = *(volume_path(folder, pair, target, kind) for kind in ("synth", "std")), ranges[target]
-        scan, scores, panels = read_volume(file, "first"), read_sidecar(file).get("Scores"), {}
+        scan, scores, panels = read_volume(file, "first"), scores_in(read_sidecar(file)), {}
         size, affine = scan.voxels.shape, scan.affine
         for column, modality in (("source", source), ("truth", target)):
             if modality in scans:

@@ -86,7 +86,8 @@ def test_what_is_synthesised_lies_over_its_source(tmp_path_factory, source, targ
                     alignment)
     pair = Pair("1", "", "", None, files if known else {"a": files["a"]})
     visits = [(pair, model.read(pair.files, folder / "cache"))]
-    options = SimpleNamespace(batch_size=1, uncertainty_samples=0, average_flips=False, realism=0.0, output_space=space)
+    options = SimpleNamespace(batch_size=1, uncertainty_samples=0, average_flips=False, realism=0.0, output_space=space,
+                              region_file="")
     sample.synthesise(options, model, visits, folder, {})
     made = nib.load(derivatives.volume_path(folder, pair, "b"))
     if space == "source" or known:
@@ -235,7 +236,7 @@ def test_a_translation_lies_where_its_source_says_now(tmp_path, capsys):
     first = dict.fromkeys("ab", np.array(box.readings(readings, {"a": path})["a"].affine))
     model = Copying(None, None, {}, None, {}, ("a", "b"), readings, dict.fromkeys("ab", (0.0, 1.0)), first, box)
     options = SimpleNamespace(batch_size=1, uncertainty_samples=0, average_flips=False, realism=0.0,
-                              output_space="target")
+                              output_space="target", region_file="")
     pair = Pair("1", "", "", None, {"a": path})
 
     def made() -> nib.Nifti1Image:

@@ -28,6 +28,7 @@ def test_the_command_line_overrides_edits_which_override_the_preset():
     (["--image_size", "fmri=32x32x18", "dmri=48"], "image_size", {"fmri": (32, 32, 18), "dmri": 48}),
     (["--modalities", "t1", "flair"], "modalities", ("t1", "flair")), (["--eta", "1e-3"], "eta", 1e-3),
     (["--bids_suffix", "fmri=desc-a=b"], "bids_suffix", {"fmri": "desc-a=b"}),
+    (["--region_labels", "a=1,2", "b=2"], "region_labels", {"a": (1, 2), "b": 2}),
     (["--pattern_labels", "3", "7"], "pattern_labels", (3, 7)),
     (["--reduce", "fmri=mean", "dmri=b0"], "reduce", {"fmri": "mean", "dmri": "b0"})])
 def test_values_on_the_command_line(words, name, value):

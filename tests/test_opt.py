@@ -20,7 +20,8 @@ AFFECTED = {
     "sample.py": "sample_dir joint_samples output_space realism uncertainty_samples",
     "nothing": "refine resume_path check data_root cache_dir epochs refine_epochs max_steps max_minutes checkpoint_dir "
                "result_dir checkpoint_every validate_every max_overhead num_samples tensorboard accumulate "
-               "gradient_checkpointing device perceptual_weight vgg_weights vgg_download average_flips pattern_file"}
+               "gradient_checkpointing device perceptual_weight vgg_weights vgg_download average_flips pattern_file "
+               "region_file region_labels"}
 
 
 def test_what_a_change_of_each_setting_affects():
@@ -47,7 +48,8 @@ def test_both_presets_are_valid():
     ("modalities", ("fmri", "fmri"), "two different names"), ("modalities", ("fmri", "d/mri"), "two different names"),
     ("fold", 5, "0 .. 4, with opt.folds = 5"), ("reduce", {"fmri": "mean"}, "one for each of"),
     ("intensity", {"t1": "minmax"}, "one for each of"), ("intensity", {"fmri": "minmax", "dmri": "max"}, "choose from"),
-    ("pattern_labels", (0, 3), "above 0 (background)"), ("pattern_labels", (3,), "set opt.pattern_file"),
+    ("pattern_labels", (0, 3), "above 0 (background)"),
+    ("region_labels", {"edema": 2}, "set opt.region_file"), ("pattern_labels", (3,), "set opt.pattern_file"),
     ("bids_suffix", {"t1": "T1w"}, "fmri=desc-preproc_bold"), ("bids_suffix", {"fmri": "../x"}, "example fmri="),
     ("base_channels", 20, "multiple of 8"), ("joint_samples", 10**6, "below 1,000,000"),
     ("uncertainty_samples", 1, "2 or more"), ("refine", True, "best_model.pth"), ("device", "tpu", "use auto, cpu")])
@@ -57,6 +59,17 @@ def test_a_wrong_setting_is_refused_with_option_value_and_remedy(name, value, re
     with pytest.raises(UserError, match=re.escape(f"opt.{name} = {value!r}: ")) as refusal:
         chosen.validate()
     assert remedy in str(refusal.value)
+
+
+@pytest.mark.parametrize("labels", [{"brain": 1}, {"": 1}, {"edema": 0}, {"edema": ()}, {"edema": "T"}, {"edema": None},
+                                    {"edema": (1, True)}, {3: 1}, {}])
+def test_regions_need_new_names_and_labels(labels):
+    chosen = dataclasses.replace(small(), region_file="labels.nii", region_labels=labels)
+    with pytest.raises(UserError, match="opt.region_labels = .* new names with labels above 0"):
+        chosen.validate()
+    chosen = dataclasses.replace(chosen, region_labels={"tumour": (1, 2), "edema": 2})
+    chosen.validate()
+    assert chosen.regions() == {"tumour": (1, 2), "edema": (2,)}
 
 
 def test_all_problems_are_reported_at_once():

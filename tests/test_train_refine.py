@@ -14,6 +14,7 @@ from tests.test_train import refusal
 from train_refine import Stage2
 from training.checkpoint import STAGE_1, read_checkpoint
 from utils.arguments import parse_arguments
+from utils.metrics import METRICS
 
 
 def words_of(trained, study_csv, folder, *more: str) -> list[str]:
@@ -33,7 +34,9 @@ def test_stage_2_reports_on_the_test_subjects_and_saves_its_backbone(trained):
     assert {row["direction"] for row in rows} == {"fmri->dmri", "dmri->fmri"}
     assert {row["volume"] for row in rows} == {"refined", "coarse", "mean"}  # the grids differ: no copy of the source
     assert {row["region"] for row in rows} == {"volume", "brain", "pattern"}
-    assert all(0 < float(row["psnr"]) < 60 and -1 <= float(row["ssim"]) <= 1 for row in rows)
+    assert all(0 < float(row["psnr"]) < 60 for row in rows)  # no window of SSIM fits into the tiny pattern
+    assert all(-1 <= float(row["ssim"]) <= 1 for row in rows if row["region"] != "pattern")
+    assert all(np.isfinite(float(row[name])) for row in rows if row["region"] == "volume" for name in METRICS)
     said = (trained / "stage2.txt").read_text()
     assert "95 % interval" in said
     assert len(list((trained / "results/refine/samples").rglob("*_refined.nii.gz"))) == 2
