@@ -192,7 +192,7 @@ def test_unknown_voxels_take_no_part_in_any_score():
         assert expected["volume"][name] != pytest.approx(whole(candidate, truth)[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 8), (11, 11, 11), (97, 11, 20)])
+@pytest.mark.parametrize("shape", [(8, 8, 8), (9, 8, 6), (11, 11, 11), (97, 11, 20)])
 def test_constant_and_tiny_volumes_and_empty_regions_neither_fail_nor_warn(shape):
     truth, flat, black = smooth(0, shape), np.full(shape, 0.3), np.full(shape, -1.0)
     corner = np.zeros(shape, bool)

@@ -105,9 +105,11 @@ def ms_ssim(candidate: np.ndarray, truth: np.ndarray, region: np.ndarray) -> flo
     """
     radius, count = MS_SSIM_WINDOW // 2, len(MS_SSIM_EXPONENTS)
     scales = [2**k for k in range(count) if math.ceil(min(region.shape) / 2**k) >= MS_SSIM_WINDOW]
+    if not scales:
+        return math.nan
     exponents = np.array(MS_SSIM_EXPONENTS[:len(scales)])
     exponents *= sum(MS_SSIM_EXPONENTS) / exponents.sum() if len(scales) < count else 1
-    inner, product = (slice(radius, -radius),) * 3, 1.0 if scales else math.nan
+    inner, product = (slice(radius, -radius),) * 3, 1.0
     candidate, truth = (np.where(region, volume, 0) for volume in (candidate, truth))
     for step, exponent in zip(scales, exponents):
         if step > 1:
