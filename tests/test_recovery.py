@@ -149,8 +149,8 @@ def test_killed_between_two_renames_resumes_identically(study_csv, trained, tmp_
     (1, "train.x0_error", 4, signal.SIGTERM),  # validating
     (1, "models.prior.Prior.sample", 1, signal.SIGINT),  # sampling for the picture
     (2, "train_refine.psnr", 3, signal.SIGTERM),  # validating
-    (2, "train_refine.score", 2, signal.SIGINT),  # drawing
-    (2, "train_refine.score", 7, signal.SIGTERM)])  # scoring the test subjects, at the end
+    (2, "train_refine.basic_scores", 2, signal.SIGINT),  # drawing
+    (2, "train_refine.score", 2, signal.SIGTERM)])  # scoring the test subjects, at the end
 def test_stopped_anywhere_resumes_identically(study_csv, trained, tmp_path, stage, during, count, number, capsys):
     cache = ["--cache_dir", str(tmp_path / "cache")] if "sample" in during else []
     words, start = words_of(stage, study_csv, trained, tmp_path, *cache), time.monotonic()
