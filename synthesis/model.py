@@ -66,16 +66,16 @@ class TrainedModel:
         else:
             volume = self.prior.translate(target, given, noise_keys, self.sampling, flips)
         if realism:
-            texture = self._samples(source, target, given, keys, 1) - self.prior.expected(target, given)
+            texture = self.samples(source, target, given, keys, 1) - self.prior.expected(target, given)
             volume = (volume + realism * texture).clamp(-1, 1)
         translated = {"synth": volume[:, 0].float().cpu().numpy()}
         if uncertainty_samples:
-            samples = self._samples(source, target, given, keys, uncertainty_samples)
+            samples = self.samples(source, target, given, keys, uncertainty_samples)
             translated["std"] = np.sqrt(gaussian_filter(samples.var(dim=1).cpu().numpy(), STD_SMOOTHING_VOXELS,
                                                         axes=(1, 2, 3)))
         return translated
 
-    def _samples(self, source: str, target: str, given: Tensor, keys: list[int], count: int) -> Tensor:
+    def samples(self, source: str, target: str, given: Tensor, keys: list[int], count: int) -> Tensor:
         """Samples of the prior, (B, count, X, Y, Z)."""
         noise_keys = [(self.options["seed"], Purpose.COARSE, key, k) for key in keys for k in range(count)]
         sources, samples, size = given.repeat_interleave(count, dim=0), [], self.options["batch_size"]

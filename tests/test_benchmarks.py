@@ -19,6 +19,7 @@ import main
 from benchmarks import (
     ablation,
     augmentation,
+    calibration,
     chart,
     cross_validate,
     equal_time,
@@ -390,3 +391,28 @@ def test_a_peer_learns_what_it_sees(grouped, method):
     assert losses[-1] < 0.9 * losses[0]
     made = peer.translate(0)
     assert made.shape == (16, 17, 14) and np.abs(made).max() <= 1
+
+
+def test_crps_and_coverage_of_known_distributions(grouped, capsys):
+    random = np.random.default_rng(0)
+    truth, members = random.normal(0, 1, 4000), random.normal(0, 1, (40, 4000))
+    exact = calibration.crps_of_normal(np.zeros(4000), np.ones(4000), truth)
+    assert exact.mean() == pytest.approx(1 / np.sqrt(np.pi), abs=0.02)  # E of the CRPS of a right normal distribution
+    assert calibration.crps_of_members(members, truth).mean() == pytest.approx(exact.mean(), abs=0.01)
+    assert calibration.crps_of_members(members[:1], truth) == pytest.approx(np.abs(members[0] - truth))
+    assert calibration.crps_of_normal(truth, np.zeros(4000), truth + 1) == pytest.approx(1)
+    shape, brain = (20, 20, 10), np.ones((20, 20, 10), bool)
+    truth = truth.reshape(shape)
+    right = calibration.scores(("members", members.reshape(40, *shape)), truth, brain)
+    normal = calibration.scores(("normal", np.zeros(shape), np.ones(shape)), truth, brain)
+    for found in (right, normal):
+        assert found["in_50%"] == pytest.approx(0.5, abs=0.03) and found["in_90%"] == pytest.approx(0.9, abs=0.03)
+        assert found["crps_blocks"] == pytest.approx(1 / np.sqrt(np.pi) / 8, rel=0.2)  # 64 independent voxels
+    one = calibration.scores(("members", np.zeros((1, *shape))), truth, brain)
+    assert one["crps"] == pytest.approx(np.abs(truth).mean()) and math.isnan(one["in_50%"])
+    options, checkpoint = grouped[0], str(grouped[1] / "best_refine.pth")
+    calibration.report(checkpoint, settings_of([*options, "--uncertainty_samples", "3"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("->" in line for line in lines) == 2 * 4 and any("resampled residuals" in line for line in lines)
+    with pytest.raises(UserError, match="other subjects"):
+        calibration.report(checkpoint, settings_of([*options, "--uncertainty_samples", "3", "--fold", "1"]))
