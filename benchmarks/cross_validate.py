@@ -119,7 +119,8 @@ def summarise(rows: list[dict], scores: list[str]) -> list[dict]:
 def cells_of(table: list[dict], scores: list[str]) -> list[tuple[list[str], list[list[str]]]]:
     """The table for people: per "what" a header and lines of cells."""
     def text(name: str, *values: float, form: str = "{} +- {}", sign: str = "") -> str:
-        return form.format(*(f"{value:{sign}.{DIGITS.get(name, 3)}f}" for value in values))
+        texts = ["-" if np.isnan(value) else f"{value:{sign}.{DIGITS.get(name, 3)}f}" for value in values]
+        return form.format(*texts) if texts[0] != "-" else "-"
 
     parts = []
     for what in dict.fromkeys(entry["what"] for entry in table):
