@@ -6,12 +6,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import main
 import models.layers
 import models.losses
+import training.loop
+from data.problems import VolumeError
+from data.study import Study
+from tests.conftest import arguments, refine_arguments, weights
 from tests.test_augment import transform
 from tests.test_loop import new_stage
+from tests.test_recovery import assert_same_state
 from train_refine import Stage2
 from training.checkpoint import STAGE_1
+from training.loop import Stage
 from training.optimise import Optimiser
 from utils.device import Numbers, one_ahead
 
@@ -116,3 +123,26 @@ def test_a_kept_study_gives_the_same_volumes_and_masks_and_reads_no_file(study_c
     monkeypatch.setattr("data.study.load_volume", None)
     after = [(study.volumes(batch), study.masks(batch)) for batch in batches]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_with_its_study_kept_and_its_data_made_in_a_thread_is_the_same(study_csv, trained, tmp_path, monkeypatch,
+                                                                           number):
+    """What a GPU's run does beside the device, and then a volume that cannot be read in the thread."""
+    monkeypatch.setattr(training.loop, "one_ahead", lambda items, _, device: one_ahead(items, True, device))
+    monkeypatch.setattr(Stage, "total_steps", lambda stage, total=Stage.total_steps: (
+        stage.study.keep_on(torch.device("cpu"), 10**9) or total(stage)))
+    words = (arguments(study_csv, tmp_path) if number == 1 else
+             [*refine_arguments(study_csv, tmp_path), "--resume_path", str(trained / "checkpoints/best_model.pth")])
+    assert main.main(words) == 0
+    name = "last_model.pth" if number == 1 else "last_refine.pth"
+    assert_same_state(tmp_path / "checkpoints" / name, trained / "checkpoints" / name)
+
+    def unreadable(*arguments: object) -> dict:
+        if threading.current_thread() is not threading.main_thread():
+            raise VolumeError("x.npy", "has become unreadable", "try again")
+        return volumes(*arguments)
+    volumes = Study.volumes
+    monkeypatch.setattr(Study, "volumes", unreadable)
+    assert main.main([*words, "--epochs", "4", "--refine_epochs", "4"]) == 2
+    assert weights(tmp_path / "checkpoints" / name)["step"] == 6
