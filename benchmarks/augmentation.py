@@ -2,14 +2,18 @@
 
     python sample.py --resume_path ./checkpoints/best_model.pth --joint_samples 100      (of a model with groups)
     python -m benchmarks.augmentation results/synthesis/joint/pairs.csv [options of main.py, as the run had them]
+    python -m benchmarks.augmentation results/synthesis/joint/pairs.csv --resume_path regression/best_refine.pth
 
 Trains a ridge classifier (scikit-learn; penalty by leave-one-out on its training data) of both volumes of a pair,
 smoothed by one voxel, on the real training pairs, and on random draws of as many synthetic pairs of each group. Tests
 it on real subjects: the study's test subjects, and for the demo also on new ones rendered like the demo's, because 12
-subjects say little.
+subjects say little. With --resume_path also on translations by that model, for example of a stage 2 trained with
+--coarse none, a plain regression: each training pair twice, with one of its volumes made from the other.
 """
 
+import itertools
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,9 +29,12 @@ from data.alignment import Alignment
 from data.cache import Reading, cached_volume, load_volume
 from data.pairs import Pair, find_pairs
 from data.problems import raise_if_fatal
-from data.study import find_study, read_study
+from data.study import Study, find_study, read_study
 from data.volumes import save_image
+from models.diffusion import name_key
 from synthesis.derivatives import parameters
+from synthesis.model import TrainedModel, open_model
+from training.launch import choose_device
 from utils.errors import UserError
 
 DRAWS = 20
@@ -40,10 +47,26 @@ def labelled(pairs: list[Pair], readings: dict[str, Reading], alignment: Alignme
     """Features and groups of these pairs. Raises UserError where a pair has no group."""
     if without := [pair.name for pair in pairs if not pair.group]:
         raise UserError(f"{', '.join(without)}: no group; fill the column group for all pairs")
-    features = [[gaussian_filter(np.nan_to_num(load_volume(cached_volume(pair.files[modality], reading, cache)[0]),
-                                               nan=-1), 1).ravel()
-                 for modality, reading in alignment.readings(readings, pair.files).items()] for pair in pairs]
-    return np.stack([np.concatenate(each) for each in features]), np.array([pair.group for pair in pairs])
+    features = [features_of(load_volume(cached_volume(pair.files[modality], reading, cache)[0]) for modality, reading
+                            in alignment.readings(readings, pair.files).items()) for pair in pairs]
+    return np.stack(features), np.array([pair.group for pair in pairs])
+
+
+def features_of(volumes: Iterable[np.ndarray]) -> np.ndarray:
+    """Of both volumes of a pair, (X, Y, Z) each."""
+    return np.concatenate([gaussian_filter(np.nan_to_num(volume, nan=-1), 1).ravel() for volume in volumes])
+
+
+def translated(model: TrainedModel, study: Study) -> Labelled:
+    """Each training pair twice: with its first volume translated from the second, and the reverse."""
+    features, groups = [], []
+    for i in study.roles["train"]:
+        real = {modality: volume[:, 0].numpy() for modality, volume in study.volumes([i]).items()}
+        for source, target in itertools.permutations(study.modalities):
+            made = model.translate(source, target, real[source], [name_key(study.pairs[i].name)])["synth"]
+            features.append(features_of({**real, target: made}[modality][0] for modality in study.modalities))
+            groups.append(study.pairs[i].group)
+    return np.stack(features), np.array(groups)
 
 
 def new_subjects(folder: Path) -> list[Pair]:
@@ -106,6 +129,14 @@ def report(table: Path, settings) -> None:
             f"{len(real[1])} real and all synthetic pairs": accuracies(both, tests)}
     print(f"balanced accuracy on {', '.join(names)} (kept: of the accuracy above chance, {chance:.2f}, with real "
           f"pairs); standard deviation over the draws {', '.join(f'{spread:.3f}' for spread in by_draw.std(axis=0))}")
+    if settings.resume_path:
+        model = open_model(settings, choose_device(settings.device))
+        if model.provenance["Training"]["split"] != study.split_fingerprint:
+            raise UserError(f"opt.resume_path = {settings.resume_path!r}: was trained on other subjects")
+        made = translated(model, study)
+        rows |= {f"{len(made[1])} pairs, one volume translated": accuracies(made, tests),
+                 f"{len(real[1])} real and these pairs": accuracies(
+                     tuple(np.concatenate(parts) for parts in zip(real, made)), tests)}
     with_real = next(iter(rows.values()))
     for name, values in rows.items():
         cells = [f"{value:.3f} (kept {(value - chance) / (best - chance) if best > chance else float('nan'):.0%})"

@@ -34,6 +34,7 @@ from benchmarks import (
 )
 from data.study import read_study
 from opt import PRESETS, opt
+from synthesis.model import open_model
 from tests.conftest import SIZES, Child, arguments, read_csv, refine_arguments, run_code
 from utils.arguments import parse_arguments
 from utils.errors import UserError
@@ -215,6 +216,19 @@ def test_augmentation_draws_as_many_pairs_of_each_group_and_its_classifier_learn
     assert related > 0.9 and abs(unrelated - 0.5) < 0.2
     with pytest.raises(UserError, match="draw more"):
         augmentation.draw_alike(groups, np.array(["A"] * 40), random)
+
+
+def test_translated_pairs_have_one_real_volume_each(grouped):
+    settings = settings_of([*grouped[0], "--resume_path", str(grouped[1] / "best_refine.pth")])
+    study, model = read_study(settings), open_model(settings, torch.device("cpu"))
+    features, groups = augmentation.translated(model, study)
+    members, first = study.roles["train"], np.prod(SIZES["fmri"])
+    assert groups.tolist() == [study.pairs[i].group for i in members for _ in range(2)]
+    real = np.stack([augmentation.features_of(volume[0, 0].numpy() for volume in study.volumes([i]).values())
+                     for i in members for _ in range(2)])
+    same = [[np.array_equal(a, b) for a, b in ((made[:first], truth[:first]), (made[first:], truth[first:]))]
+            for made, truth in zip(features, real)]
+    assert same == [[True, False], [False, True]] * len(members)
 
 
 def test_realism_costs_error_and_a_spectrum_knows_blur(grouped, capsys):
