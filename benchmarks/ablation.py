@@ -16,12 +16,12 @@ import csv
 import itertools
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import run_child
 from benchmarks.step import run_case
 from utils.files import write_table, write_text
 from utils.metrics import paired_gain
@@ -54,7 +54,7 @@ def run_main(folder: Path, steps: int, options: list[str]) -> None:
     print(f"---- {folder.name}: {steps} steps", flush=True)
     command = [sys.executable, "main.py", "--no-tensorboard", *options, f"--max_steps={steps}", "--epochs=99999",
                "--refine_epochs=99999", f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
-    if subprocess.run(command).returncode:
+    if run_child(command):
         raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
 
 

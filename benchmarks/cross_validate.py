@@ -17,13 +17,13 @@ interval; p is of Wilcoxon's signed-rank test, with Holm's correction for all te
 import argparse
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import wilcoxon
 
+from benchmarks import run_child
 from data.cache import load_volume
 from data.grids import spacing_of
 from data.pairs import Pair
@@ -54,9 +54,8 @@ def run_fold(fold: int, folder: Path, options: list[str]) -> list[dict]:
     for more in ([], ["--refine", f"--resume_path={best}"]):
         if not metrics.exists():
             print(f"---- {folder.name}, stage {2 if more else 1}", flush=True)
-            status = subprocess.run([sys.executable, "main.py", *options, f"--fold={fold}",
-                                     f"--checkpoint_dir={best.parent}", f"--result_dir={folder / 'results'}",
-                                     *more]).returncode
+            status = run_child([sys.executable, "main.py", *options, f"--fold={fold}",
+                                f"--checkpoint_dir={best.parent}", f"--result_dir={folder / 'results'}", *more])
             if status:
                 raise SystemExit(status if status == STOPPED else f"{folder}: training failed; see the message above")
     with open(metrics, newline="") as file:

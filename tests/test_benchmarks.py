@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ from benchmarks import (
 from data.study import read_study
 from opt import PRESETS, opt
 from synthesis.model import open_model
-from tests.conftest import SIZES, Child, arguments, read_csv, refine_arguments, run_code
+from tests.conftest import ROOT, SIZES, Child, arguments, read_csv, refine_arguments, run_code
 from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.files import write_table
@@ -96,10 +97,10 @@ def test_group_difference_is_projected_on_the_real_one(grouped, capsys):
 def test_ablation_trains_every_variant_and_seed_once(grouped, tmp_path, monkeypatch):
     def run(command):
         calls.append(command)
-        return subprocess.CompletedProcess(command, main.main(command[2:]))
+        return main.main(command[2:])
 
     calls, variants = [], {"default": "", "other": "--coarse none"}
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(ablation, "run_child", run)
     own = SimpleNamespace(stage=2, steps=2, minutes=None, seeds=2, out=tmp_path)
     for _ in range(2):  # finished runs are not repeated
         ablation.ablate(own, grouped[0], variants)
@@ -247,10 +248,10 @@ def test_realism_costs_error_and_a_spectrum_knows_blur(grouped, capsys):
 def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, monkeypatch):
     def run(command):
         calls.append(command)
-        return subprocess.CompletedProcess(command, main.main(command[2:]))
+        return main.main(command[2:])
 
     calls, arms = [], {name: equal_time.ARMS[name] for name in (equal_time.REFERENCE, "two stages")}
-    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(ablation, "run_child", run)
     monkeypatch.setattr(equal_time, "run_case", lambda options, stage: {"seconds_per_step": 1.0, "peak_gib": 1.0})
     own = SimpleNamespace(minutes=[4 / 60], seeds=2, out=tmp_path)
     options = [word for word in grouped[0] if word != "--max_steps"][:-1]
@@ -300,10 +301,10 @@ def test_a_case_that_fails_is_counted_and_shown(tmp_path):
 def test_all_folds_are_joined_and_an_interruption_changes_nothing(study_csv, tmp_path, monkeypatch, capsys):
     calls, stop_at = [], 4  # the second stage of fold 1
 
-    def run(command: list[str]) -> SimpleNamespace:
+    def run(command: list[str]) -> int:
         calls.append(command)
-        return SimpleNamespace(returncode=3 if len(calls) == stop_at else main.main(command[2:]))
-    monkeypatch.setattr(cross_validate, "subprocess", SimpleNamespace(run=run))
+        return 3 if len(calls) == stop_at else main.main(command[2:])
+    monkeypatch.setattr(cross_validate, "run_child", run)
     table, first = study_csv.with_name("sessions.csv"), read_csv(study_csv)
     visits = [("sub-01", 1), ("sub-01", 2), ("sub-03", 1), ("sub-04", 1), ("sub-05", 1), ("sub-06", 1)]
     write_table(table, ("subject", "session", "group", *SIZES), [
@@ -430,3 +431,14 @@ def test_crps_and_coverage_of_known_distributions(grouped, capsys):
     assert sum("->" in line for line in lines) == 2 * 4 and any("resampled residuals" in line for line in lines)
     with pytest.raises(UserError, match="other subjects"):
         calibration.report(checkpoint, settings_of([*options, "--uncertainty_samples", "3", "--fold", "1"]))
+
+
+def test_a_signal_to_a_benchmark_stops_its_training_and_waits_for_it(tmp_path):
+    child = ("import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+             f"pathlib.Path('{tmp_path}/ready').touch()\ntime.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", "import sys; from benchmarks import run_child\n"
+                               "sys.exit(run_child([sys.executable, '-c', sys.argv[1]]))", child], cwd=ROOT)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(30) == 3
