@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="of training, both directions together")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--search_minutes", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=Path("results/peers"))
     own, options = parser.parse_known_args()
