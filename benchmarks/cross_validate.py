@@ -36,14 +36,13 @@ from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.figures import Panel, save_grid
 from utils.files import write_table, write_text
-from utils.metrics import paired_gain, quality, score
+from utils.metrics import DIGITS, paired_gain, quality, score
 
 OF_VISIT = ("fold", "subject", "session", "group", "direction", "volume", "region")  # columns that are no scores
 REFINED, WHOLE = "refined", "volume"  # the volumes that are compared with the others; the region of the main table
 TABLE_COLUMNS = ("what", "of", "direction", "score", "subjects", "mean", "deviation", "gain", "low", "high", "p",
                  "p_holm")
 TESTED = ("psnr", "ssim")
-DIGITS = {"psnr": 2, "psnr_affine": 2, "sharpness": 2}  # in dB; of other scores 3
 WORST = 3  # visits per direction in the picture
 
 

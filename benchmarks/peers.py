@@ -9,12 +9,14 @@ grid, and learns from the training subjects of opt.fold. The networks are MONAI'
 
     residual U-Net     UNet with two residual units per level (Kerfoot et al. 2018); L1
     DynUNet            nnU-Net's network with residual blocks (Isensee et al. 2021); L1
-    diffusion          DiffusionModelUNet on target and source (Pinaya et al. 2022), epsilon, 1000 timesteps, DDIM
+    diffusion          DiffusionModelUNet on target and source (Pinaya et al. 2022), v, 1000 timesteps, DDIM; half of
+                       its default channels and blocks, so that a CPU makes four times as many steps
     pix2pix            the residual U-Net with L1 and a 3-D patch discriminator (Isola et al. 2017), least squares
     copy, mean         the source resampled; the mean training volume
 
 The rate of Adam, which decays linearly, is the best of --rates on the validation subjects after --search_minutes each.
-PDS trains both stages in the same minutes, divided as their default lengths are (benchmarks/equal_time.py). All are
+PDS trains both stages in nine tenths of the minutes, divided as their default lengths are (benchmarks/equal_time.py);
+the rest is for start, validation and pictures. All are
 scored on the test subjects, over the whole volume. In --out: scores.csv and table.md. Finished runs are not repeated.
 """
 
@@ -40,18 +42,19 @@ from data.study import Study, read_study, training_batch
 from models.layers import resize_to
 from models.translator import known
 from opt import PRESETS, opt
+from training.checkpoint import STAGE_2, read_checkpoint
 from training.launch import choose_device
 from utils.arguments import parse_arguments
 from utils.files import write_table, write_text
-from utils.metrics import paired_gain, score
+from utils.metrics import DIGITS, paired_gain, score
 
 PDS = "PDS, both stages"
+PDS_TRAINS = 0.9  # of the minutes; the rest is for start, validation and pictures
 LEVELS = 4  # of all networks; the grid is padded to a multiple of 2^(LEVELS - 1)
 DDIM_STEPS, TIMESTEPS = 25, 1000
 L1_WEIGHT = 100.0  # of pix2pix (Isola et al. 2017)
 BETAS = {"pix2pix": (0.5, 0.999)}  # of Adam (Isola et al. 2017); of the others PyTorch's
 METHODS = (PDS, "residual U-Net", "DynUNet", "diffusion", "pix2pix", "copy", "mean")
-DIGITS = {"psnr": 2, "psnr_affine": 2, "sharpness": 2}  # of other scores 3
 
 
 def build(method: str) -> nn.Module:
@@ -60,7 +63,8 @@ def build(method: str) -> nn.Module:
     if method == "DynUNet":
         return nets.DynUNet(3, 1, 1, [3] * LEVELS, [1] + [2] * (LEVELS - 1), [2] * (LEVELS - 1), res_block=True)
     if method == "diffusion":
-        return nets.DiffusionModelUNet(3, 2, 1)
+        return nets.DiffusionModelUNet(3, 2, 1, channels=(16, 32, 64), attention_levels=(False,) * 3, num_res_blocks=1,
+                                       norm_num_groups=16)
     return nets.UNet(3, 1, 1, [32 * 2**level for level in range(LEVELS)], [2] * (LEVELS - 1), num_res_units=2)
 
 
@@ -75,8 +79,9 @@ class Peer:
         layers = 3 if min(study.sizes[target]) >= 24 else 2  # as many as the grid allows
         self.discriminator = (PatchDiscriminator(3, 32, 2, num_layers_d=layers).to(device) if method == "pix2pix"
                               else None)
-        self.noising = DDPMScheduler(TIMESTEPS) if method == "diffusion" else None
-        self.sampling = DDIMScheduler(TIMESTEPS) if method == "diffusion" else None
+        self.noising, self.sampling = (
+            (each(TIMESTEPS, prediction_type="v_prediction") for each in (DDPMScheduler, DDIMScheduler))
+            if method == "diffusion" else (None, None))
 
     def load(self, batch: list[int]) -> tuple[Tensor, Tensor]:
         """Source on the target's grid, and truth with NaN where unknown; both padded, (B, 1, X, Y, Z)."""
@@ -93,7 +98,8 @@ class Peer:
             noise = torch.randn_like(wanted)
             t = torch.randint(0, TIMESTEPS, (len(truth),), device=self.device)
             noisy = self.noising.add_noise(wanted, noise, t)
-            return F.mse_loss(self.network(torch.cat([noisy, source], dim=1), t), noise), None
+            velocity = self.noising.get_velocity(wanted, noise, t)
+            return F.mse_loss(self.network(torch.cat([noisy, source], dim=1), t), velocity), None
         made = self.network(source)
         loss = (made - truth).abs().nanmean()
         if self.discriminator is None:
@@ -133,8 +139,8 @@ class Peer:
             made = torch.randn(source.shape, generator=torch.Generator().manual_seed(i)).to(self.device)
             self.sampling.set_timesteps(DDIM_STEPS)
             for t in self.sampling.timesteps:
-                noise = self.network(torch.cat([made, source], dim=1), t[None].to(self.device))
-                made, _ = self.sampling.step(noise, t, made)
+                velocity = self.network(torch.cat([made, source], dim=1), t[None].to(self.device))
+                made, _ = self.sampling.step(velocity, t, made)
         else:
             made = self.network(source)
         X, Y, Z = self.study.sizes[self.target]
@@ -177,13 +183,14 @@ def run_baseline(method: str, settings) -> dict:
 def run_pds(folder: Path, minutes: float, settings, options: list[str]) -> dict:
     """Both stages, and their scores."""
     costs = equal_time.plan(options)
-    run = equal_time.train(folder, costs, minutes, options)
+    run = equal_time.train(folder, costs, PDS_TRAINS * minutes, options)
     pairs = equal_time.test_pairs(settings)
     rows = equal_time.scores(folder / "best_refine.pth", pairs, settings)
-    model = equal_time.open_model(settings, choose_device(settings.device))
+    network = read_checkpoint(folder / "best_refine.pth", (STAGE_2,))["ema"]["model"]
     return {"rate": None, "minutes": run["measured_minutes"], "peak_gib": costs["peak_gib"],
             "steps": run["steps_1"] + run["steps_2"],
-            "parameters": sum(p.numel() for p in model.refiner.parameters()), "rows": rows}
+            "parameters": sum(weight.numel() for name, weight in network.items() if not name.endswith("mean")),
+            "rows": rows}
 
 
 def table(runs: list[dict]) -> str:

@@ -19,6 +19,7 @@ GMS_CONSTANT = 0.0026  # for a data range of 1 (Xue et al. 2014: 170 for 255)
 SPECTRUM_BINS = 16  # up to 0.5 cycles per voxel
 FINE = 0.25  # cycles per voxel, above which power is called fine
 METRICS = ("psnr", "ssim", "mae", "ssim_01", "ms_ssim", "nmse", "nmi", "gmsd", "psnr_affine", "sharpness")
+DIGITS = {"psnr": 2, "psnr_affine": 2, "sharpness": 2}  # in a table, in dB; of other scores 3
 COLUMNS = ("subject", "direction", "volume", "region", *METRICS)
 
 
