@@ -5,7 +5,7 @@
     python -m benchmarks.peers --minutes 12 --out results/peers_lgg --data_root pairs.csv     [any options of main.py]
 
 Each peer has a network per direction and half of the minutes for each; it sees the source resampled to the target's
-grid, and learns from the training subjects of opt.fold. The networks are MONAI's with its defaults:
+grid, and learns from the training subjects of opt.fold, augmented as PDS's are. The networks are MONAI's with its defaults:
 
     residual U-Net     UNet with two residual units per level (Kerfoot et al. 2018); L1
     DynUNet            nnU-Net's network with residual blocks (Isensee et al. 2021); L1
@@ -38,12 +38,15 @@ from torch import Tensor, nn
 
 from benchmarks import equal_time
 from benchmarks.step import RSS_PER_GIB
+from data.augment import PairTransform, load_batch
 from data.study import Study, read_study, training_batch
+from models.diffusion import Purpose, keyed_generator
 from models.layers import resize_to
 from models.translator import known
 from opt import PRESETS, opt
 from training.checkpoint import STAGE_2, read_checkpoint
 from training.launch import choose_device
+from training.optimise import DECAY_FRACTION
 from utils.arguments import parse_arguments
 from utils.files import write_table, write_text
 from utils.metrics import DIGITS, paired_gain, score
@@ -83,9 +86,9 @@ class Peer:
             (each(TIMESTEPS, prediction_type="v_prediction") for each in (DDPMScheduler, DDIMScheduler))
             if method == "diffusion" else (None, None))
 
-    def load(self, batch: list[int]) -> tuple[Tensor, Tensor]:
+    def load(self, batch: list[int], transform: PairTransform | None = None) -> tuple[Tensor, Tensor]:
         """Source on the target's grid, and truth with NaN where unknown; both padded, (B, 1, X, Y, Z)."""
-        volumes = self.study.volumes(batch, self.device)
+        volumes, _ = load_batch(self.study, batch, transform, self.device)
         truth = volumes[self.target]
         source = resize_to(known(volumes[self.source]), truth.shape[2:])
         padding = [end for n in reversed(truth.shape[2:]) for end in (0, -n % 2 ** (LEVELS - 1))]
@@ -112,15 +115,19 @@ class Peer:
         self.discriminator.requires_grad_(True)
         return loss, of_discriminator
 
-    def train(self, rate: float, seconds: float, batch_size: int, seed: int) -> int:
-        """Train for so long; returns the number of steps."""
+    def train(self, rate: float, seconds: float, settings) -> int:
+        """Train for so long, with PDS's batches and augmentation; returns the number of steps."""
         networks = [network for network in (self.network, self.discriminator) if network]
         optimisers = [torch.optim.Adam(network.parameters(), rate, BETAS.get(self.method, (0.9, 0.999)))
                       for network in networks]
         start, step = time.perf_counter(), 0
         self.network.train()
         while (done := (time.perf_counter() - start) / seconds) < 1:
-            source, truth = self.load(training_batch(self.study.roles["train"], batch_size, seed, step))
+            batch = training_batch(self.study.roles["train"], settings.batch_size, settings.seed, step)
+            kinds = [kind for kind in settings.augment if not (kind == "affine" and done >= 1 - DECAY_FRACTION)]
+            generators = [keyed_generator(settings.seed, Purpose.AUGMENT, step, place) for place in range(len(batch))]
+            source, truth = self.load(batch, PairTransform(kinds, self.study.modalities, self.study.extent, generators)
+                                      if kinds else None)
             losses = [loss for loss in self.losses(source, truth) if loss is not None]
             for optimiser, loss in zip(optimisers, losses):
                 optimiser.param_groups[0]["lr"] = rate * (1 - done)
@@ -153,7 +160,7 @@ def run_peer(method: str, rate: float, minutes: float, role: str, settings) -> d
     for source, target in (study.modalities, study.modalities[::-1]):
         torch.manual_seed(settings.seed)
         peer = Peer(method, study, source, target, device)
-        run["steps"] += peer.train(rate, 60 * minutes / 2, settings.batch_size, settings.seed)
+        run["steps"] += peer.train(rate, 60 * minutes / 2, settings)
         run["parameters"] += sum(p.numel() for p in peer.network.parameters())
         rows += score_all(study, role, source, target, peer.translate)
     peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else

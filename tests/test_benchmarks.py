@@ -354,7 +354,8 @@ def test_the_table_of_all_folds_averages_sessions_and_corrects_its_tests():
 
 
 def test_peers_learn_each_direction_and_are_compared_by_subject(grouped, tmp_path, monkeypatch, capsys):
-    options, methods, calls = grouped[0], (peers.PDS, "residual U-Net", "copy", "mean"), []
+    options, calls = [*grouped[0], "--augment", "flip", "affine"], []
+    methods = (peers.PDS, "residual U-Net", "copy", "mean")
 
     def train(method: str, rate: float, minutes: float, role: str, settings) -> dict:
         calls.append((method, rate, role))
