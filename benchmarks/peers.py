@@ -5,7 +5,8 @@
     python -m benchmarks.peers --minutes 12 --out results/peers_lgg --data_root pairs.csv     [any options of main.py]
 
 Each peer has a network per direction and half of the minutes for each; it sees the source resampled to the target's
-grid, and learns from the training subjects of opt.fold, augmented as PDS's are. The networks are MONAI's with its defaults:
+grid, and learns from the training subjects of opt.fold, augmented as PDS's are. The networks are MONAI's, with
+its defaults:
 
     residual U-Net     UNet with two residual units per level (Kerfoot et al. 2018); L1
     DynUNet            nnU-Net's network with residual blocks (Isensee et al. 2021); L1
