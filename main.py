@@ -17,6 +17,7 @@ import torch
 
 from data.atlas import roi_centres
 from data.check import check_study
+from data.pairs import described
 from data.study import Study, read_study
 from opt import PRESETS, opt, small
 from train import Stage1
@@ -48,7 +49,7 @@ def describe(settings, study: Study, device: torch.device) -> None:
     precision = precision_name(settings.precision, set_precision(settings.precision, device))
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     print(f"device      {device}, {torch.get_num_threads()} threads, {precision}{ranks}\n"
-          f"data        {settings.data_root}: {len(study.pairs)} pairs; subjects: {', '.join(subjects)}\n"
+          f"data        {settings.data_root}: {described(study.pairs)}; subjects: {', '.join(subjects)}\n"
           f"sizes       {', '.join(sizes)}\n"
           f"alignment   {study.alignment}\n"
           f"changed     {', '.join(changed) or 'nothing: all settings have their defaults'}", flush=True)

@@ -65,6 +65,8 @@ class Options(Settings):
     # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
     # pattern-aware loss. "template": another space that all subjects share. Both have one box for all pairs
     space: Literal["auto", "mni", "template", "native"] = "auto"
+    # visits that lack one modality: "use" them to train on, never to test; or "leave_out"
+    incomplete: Literal["use", "leave_out"] = setting("use", affects="data")
     cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # folds of the subjects; 1: no test set, train on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1

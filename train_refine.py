@@ -34,6 +34,7 @@ from utils.tensors import UNFIT
 
 save_every = 100  # steps between two sample grids in results/
 
+INCOMPLETE_SHARE = 1.0  # of the visits in an epoch, at most: no training pair is repeated (docs/measurements.md)
 BACKBONE_KEYS = ("stage", "step", "best", "run_id", "options", "fingerprints", "ranges", "affines", "groups",
                  "alignment")
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 trains without them)"  # a fingerprint of the run
@@ -77,12 +78,14 @@ class Stage2(Stage):
                                      "ema": {"model": backbone["ema"]["model"]}}
         self.may_change = names_affecting("nothing", "stage 1", "sample.py")
         self.resume_from = Path(opt.resume_path) if state["stage"] == STAGE_2 else None
+        self.incomplete_share = INCOMPLETE_SHARE if opt.coarse == "expected" else 0.0
 
     def begin(self) -> None:
         self.coarse.prepare()
 
     def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
-        """Source, truth, mask of the truth and, if the network is given one, coarse volume, each (B, 1, X, Y, Z)."""
+        """Source, truth, mask of the truth and, if the network is given one, coarse volume, each (B, 1, X, Y, Z); and
+        the indices of missing sources."""
         target, places, _ = micro_batch
         members, transform = [batch[place] for place in places], self.transform(step, places)
         volumes, masks = load_batch(self.study, members, transform, self.device)
@@ -90,12 +93,18 @@ class Stage2(Stage):
         if coarse is not None:
             coarse = to_device(coarse, self.device)
             coarse = transform.volume(target, coarse) if transform else coarse
-        return volumes[self.prior.network.source(target)], volumes[target], masks[target], coarse
+        source = self.prior.network.source(target)
+        absent = [place for place, i in enumerate(members) if not self.study.has(source, i)]
+        return (volumes[source], volumes[target], masks[target], coarse,
+                to_device(torch.tensor(absent, dtype=torch.long), self.device))
 
     def loss(self, network: nn.Module, micro_batch: MicroBatch, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         target, _, weight = micro_batch
-        source, truth, mask, coarse = data
+        source, truth, mask, coarse, absent = data
         with self.prior.autocast():
+            if len(absent):  # back-translation: a synthetic source, by the weights of this step, for a real target
+                made = self.ema_model.translate(self.prior.network.source(target), truth[absent])
+                source = source.index_copy(0, absent, made.to(source.dtype))
             refined = network(target, source, coarse)
         truth = torch.where(truth.isnan(), refined.detach(), truth)  # where nothing is known, any answer is right
         loss = tissue_loss(refined, truth, mask, self.opt.pattern_weight)
@@ -180,8 +189,7 @@ def open_prior(opt, study: Study, backbone: dict, device: torch.device, dtype: t
     options = opt.resolved()
     refuse_another_run(Path(opt.resume_path), backbone,
                        {name: options[name] for name in names_affecting("data", "network")},
-                       {"data": study.fingerprint, "split": study.split_fingerprint},
-                       "Use the data and settings of its training, or another opt.resume_path")
+                       study.identity, "Use the data and settings of its training, or another opt.resume_path")
     if opt.sampling_steps > backbone["options"]["timesteps"]:
         raise UserError(f"opt.sampling_steps = {opt.sampling_steps}: the backbone in {opt.resume_path} has "
                         f"{backbone['options']['timesteps']} timesteps; choose at most that many")

@@ -102,7 +102,7 @@ def accuracies(train: Labelled, tests: list[Labelled]) -> list[float]:
 def report(table: Path, settings) -> None:
     settings.validate()
     study, cache = read_study(settings), Path(settings.cache_dir)
-    if parameters(table.parent).get("Training") != {"data": study.fingerprint, "split": study.split_fingerprint}:
+    if parameters(table.parent).get("Training") != study.identity:
         raise UserError(f"{table}: drawn by a model that was trained on other subjects; give the settings of its run "
                         "(--fold, --data_root, ...)")
     readings = find_study(settings)[2]
@@ -131,7 +131,7 @@ def report(table: Path, settings) -> None:
           f"pairs); standard deviation over the draws {', '.join(f'{spread:.3f}' for spread in by_draw.std(axis=0))}")
     if settings.resume_path:
         model = open_model(settings, choose_device(settings.device))
-        if model.provenance["Training"]["split"] != study.split_fingerprint:
+        if model.provenance["Training"] != study.identity:
             raise UserError(f"opt.resume_path = {settings.resume_path!r}: was trained on other subjects")
         made = translated(model, study)
         rows |= {f"{len(made[1])} pairs, one volume translated": accuracies(made, tests),

@@ -127,7 +127,7 @@ def report(checkpoint: Path, settings) -> None:
     if not settings.uncertainty_samples:
         raise UserError("opt.uncertainty_samples = 0: give the number of samples, for example 16")
     study, model = read_study(settings), open_model(settings, choose_device(settings.device))
-    if model.provenance["Training"] != {"data": study.fingerprint, "split": study.split_fingerprint}:
+    if model.provenance["Training"] != study.identity:
         raise UserError(f"{checkpoint}: was trained on other subjects; give the settings of its run (--fold, "
                         "--data_root, ...)")
     print(table({f"{source}->{target}": distributions(study, model, source, target, settings.uncertainty_samples)

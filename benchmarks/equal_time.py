@@ -37,6 +37,7 @@ from utils.files import write_table, write_text
 from utils.metrics import METRICS, paired_gain, score
 
 REFERENCE = "regression only"
+STEPS = 16  # timed: where visits are incomplete, steps take different times
 ARMS = {  # name -> options of both stages; a regression has a stage 1 of one step, because stage 2 asks for a model
     REFERENCE: "--coarse none", "two stages": "",
     "published form": "--coarse joint --timestep_coupling shared --prediction epsilon --loss l1 --fusion late "
@@ -48,7 +49,7 @@ COLUMNS = ("arm", "minutes", "seed", "measured_minutes", "steps_1", "steps_2", "
 def plan(options: list[str]) -> dict:
     """Options of an arm, seconds per step of both stages and of all coarse volumes, and the share of stage 1."""
     settings = parse_arguments(opt, PRESETS, options, "")
-    cases = [run_case(options, stage) for stage in (1, 2)]
+    cases = [run_case(options, stage, steps=STEPS, own_data=True) for stage in (1, 2)]
     first, second = (case["seconds_per_step"] for case in cases)
     steps = (0 if settings.coarse == "none" else settings.epochs), settings.refine_epochs
     # a joint sample evaluates both directions, forwards only: a third of a step of stage 2 per batch and evaluation
@@ -136,13 +137,15 @@ def curves(rows: list[dict]) -> dict[str, np.ndarray]:
             for arm, lengths in found.items()}
 
 
-def test_pairs(settings) -> list[Pair]:
+def pairs_of(role: str, settings) -> list[Pair]:
     study = read_study(settings)
-    return [study.pairs[i] for i in study.roles["test"]]
+    return [study.pairs[i] for i in study.roles[role]]
 
 
-def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new: list[Pair]) -> None:
-    """new: pairs to score on; without any, the test subjects of each seed's split."""
+def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new: list[Pair],
+            role: str = "test") -> list[dict]:
+    """Train and score all arms; returns the rows of scores.csv. new: pairs to score on; without any, those of this role
+    in each seed's split."""
     rows, own.out = [], own.out.resolve()
     path = own.out / "plan.json"
     options = {arm: base + shlex.split(words) for arm, words in arms.items()}
@@ -158,7 +161,7 @@ def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new:
         kept = folder / "scores.csv"
         if not kept.exists():
             settings = parse_arguments(opt, PRESETS, words, "")
-            found = scores(folder / "best_refine.pth", new or test_pairs(settings), settings)
+            found = scores(folder / "best_refine.pth", new or pairs_of(role, settings), settings)
             write_table(kept, COLUMNS, [{**run, **row} for row in found])
         with open(kept, newline="") as file:
             rows += [{**row, **run, "psnr": float(row["psnr"]), "ssim": float(row["ssim"])}
@@ -166,8 +169,9 @@ def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new:
         write_table(own.out / "scores.csv", COLUMNS, rows)
         write_text(own.out / "table.md", table(rows) + "\n")
         save_chart(own.out / "curves.png", curves(rows), "minutes of training, both stages together",
-                   f"PSNR (dB) on {len(new) or 'the test'} subjects, mean of both directions")
+                   f"PSNR (dB) on {len(new) or f'the {role}'} subjects, mean of both directions")
     print(table(rows))
+    return rows
 
 
 def main() -> None:

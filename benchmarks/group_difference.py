@@ -73,7 +73,7 @@ def report(checkpoint: Path, settings) -> None:
     settings.resume_path = str(checkpoint)
     settings.validate()
     study, model = read_study(settings), open_model(settings, choose_device(settings.device))
-    refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
+    refuse_another_run(checkpoint, state, {}, study.identity)
     members = [i for i in study.roles["test"] if study.pairs[i].group in GROUPS]
     groups = np.array([study.pairs[i].group for i in members])
     if set(groups) != set(GROUPS):

@@ -35,7 +35,8 @@ def nearest_training_volumes(study: Study, modality: str, volumes: Iterator[np.n
     found = []
     while batch := list(itertools.islice(volumes, BATCH)):
         nearest, queries = [(np.inf, "")] * len(batch), np.stack(batch)
-        for i in interruptible(tqdm(study.roles["train"], desc=f"comparing {modality}", disable=None, leave=False)):
+        seen = [i for i in study.trained_on if study.has(modality, i)]
+        for i in interruptible(tqdm(seen, desc=f"comparing {modality}", disable=None, leave=False)):
             reference = study.volumes([i])[modality][0, 0].numpy()
             for flip in (1, -1) if flips else (1,):
                 squares = np.nanmean(np.square(queries - reference[::flip]), axis=(1, 2, 3), dtype=np.float64)
@@ -51,7 +52,7 @@ def report(folder: Path, settings) -> None:
         if name not in ("data_root", "cache_dir", "device"):
             setattr(settings, name, value)
     study = read_study(settings)
-    if parameters(folder).get("Training") != {"data": study.fingerprint, "split": study.split_fingerprint}:
+    if parameters(folder).get("Training") != study.identity:
         raise UserError(f"{folder}: no new pairs of a model that was trained on the pairs in opt.data_root = "
                         f"{settings.data_root!r}; name the study that it was trained on")
     held_out = sorted({*study.roles["validation"], *study.roles["test"]} - {*study.roles["train"]})

@@ -192,7 +192,7 @@ def run_pds(folder: Path, minutes: float, settings, options: list[str]) -> dict:
     """Both stages, and their scores."""
     costs = equal_time.plan(options)
     run = equal_time.train(folder, costs, PDS_TRAINS * minutes, options)
-    pairs = equal_time.test_pairs(settings)
+    pairs = equal_time.pairs_of("test", settings)
     rows = equal_time.scores(folder / "best_refine.pth", pairs, settings)
     network = read_checkpoint(folder / "best_refine.pth", (STAGE_2,))["ema"]["model"]
     return {"rate": None, "minutes": run["measured_minutes"], "peak_gib": costs["peak_gib"],

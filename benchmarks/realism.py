@@ -34,8 +34,7 @@ def texture(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
 def report(checkpoint: Path, settings) -> None:
     settings.validate()
     settings.resume_path, settings.realism, study = str(checkpoint), max(REALISM), read_study(settings)
-    refuse_another_run(checkpoint, read_checkpoint(checkpoint, (STAGE_1, STAGE_2)), {},
-                       {"data": study.fingerprint, "split": study.split_fingerprint})
+    refuse_another_run(checkpoint, read_checkpoint(checkpoint, (STAGE_1, STAGE_2)), {}, study.identity)
     model = open_model(settings, choose_device(settings.device))
     print("| direction | realism | PSNR, dB | SSIM | fine power | log-spectral distance, dB |")
     print(f"|{'---|' * 6}")

@@ -33,7 +33,7 @@ def open_run(checkpoint: Path, settings) -> tuple[Study, Prior]:
     """A stage-1 model and the study that it was trained on. Raises UserError where the study or its split differs."""
     settings.validate()
     study, device, state = read_study(settings), choose_device(settings.device), read_checkpoint(checkpoint, (STAGE_1,))
-    refuse_another_run(checkpoint, state, {}, {"data": study.fingerprint, "split": study.split_fingerprint})
+    refuse_another_run(checkpoint, state, {}, study.identity)
     prior = Prior.from_checkpoint(state, device, set_precision(settings.precision, device))
     if not prior.has_expected_volume:
         raise UserError(f"{checkpoint}: has no expected volume (opt.prediction, opt.timestep_coupling)")
@@ -84,7 +84,8 @@ def joint_scores(prior: Prior, study: Study, settings, count: int) -> dict[str, 
     for modality in study.modalities:
         samples = torch.cat([batch[modality].cpu() for batch in batches])[:, 0].numpy()
         real = everyone[modality][:, 0].numpy()
-        train, held_out = real[roles["train"]], real[roles["validation"] + roles["test"]]
+        train = real[[i for i in study.trained_on if study.has(modality, i)]]
+        held_out = real[roles["validation"] + roles["test"]]
         nearest, nearest_real = (np.mean([np.sqrt(np.nanmean(np.square(train - volume), axis=(1, 2, 3))).min()
                                           for volume in volumes]) for volumes in (samples, held_out))
         scores[modality] = {"mean_shift": samples.mean() - np.nanmean(real),

@@ -79,22 +79,27 @@ def train_steps(stage: Stage, warmup: int, steps: int, measure: Callable[[], obj
 
     The GPU is waited for only at the first and the last of them: in each step, that would slow it down.
     """
-    marks, per_step, calls = [], len(stage.micro_batches(list(range(stage.opt.batch_size)))), itertools.count()
-    loss = stage.loss
+    marks, first, calls, step = [], {0}, itertools.count(), itertools.count()  # first: micro-batches that begin a step
+    loss, micro_batches = stage.loss, stage.micro_batches
 
-    def marked_loss(*arguments: object) -> tuple:  # `fit` calls this for each micro-batch
-        if (number := divmod(next(calls), per_step))[1] == 0 and number[0] >= warmup:
-            if stage.device.type == "cuda" and number[0] in (warmup, warmup + steps):
+    def counted_micro_batches(batch: list[int]) -> list:  # `fit` calls this for each step, on a GPU one ahead
+        found = micro_batches(batch)
+        first.add(max(first) + len(found))
+        return found
+
+    def marked_loss(*arguments: object) -> tuple:  # and this for each micro-batch
+        if next(calls) in first and (number := next(step)) >= warmup:
+            if stage.device.type == "cuda" and number in (warmup, warmup + steps):
                 torch.cuda.synchronize(stage.device)
             marks.append(measure())
-            if number[0] == warmup + steps:
+            if number == warmup + steps:
                 raise Interrupted
         return loss(*arguments)
 
-    stage.loss = marked_loss
+    stage.loss, stage.micro_batches = marked_loss, counted_micro_batches
     with contextlib.suppress(Interrupted):
         fit(stage)
-    stage.loss = loss
+    stage.loss, stage.micro_batches = loss, micro_batches
     return marks
 
 
@@ -116,7 +121,7 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
     with process_group(device):
         study = read_study(settings)
         stage = new_stage(number, settings, study, device)
-        study.roles["train"] *= warmup + steps + 4  # an epoch that does not end: no checkpoint between two steps
+        stage.members *= warmup + steps + 4  # an epoch that does not end: no checkpoint between two steps
         load, loading = stage.load, 0.0
 
         def timed_load(*arguments: object) -> tuple:
@@ -150,15 +155,20 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
 
 
 def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ranks: int = 1,
-             module: str = "benchmarks.step", timeout: float | None = None) -> dict:
-    """`measure` in a new process, or one per rank: `python -m module --case`. Raises TimeoutExpired and SystemExit."""
+             module: str = "benchmarks.step", timeout: float | None = None, own_data: bool = False) -> dict:
+    """`measure` in a new process, or one per rank: `python -m module --case`. Raises TimeoutExpired and SystemExit.
+
+    own_data: on the study that the options name, not on random volumes.
+    """
     settings = parse_arguments(opt, PRESETS, options, "")
     settings.validate()
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        table = write_random_study(Path(folder), settings.image_sizes(), settings.batch_size + 1)
-        folders = [f"--{name}_dir={folder}/{name}" for name in ("cache", "checkpoint", "result")]
-        case = ["--case", *map(str, (stage, warmup, steps)), *options, *NOTHING_BUT_STEPS, f"--data_root={table}"]
+        folders = [f"--{name}_dir={folder}/{name}" for name in ("checkpoint", "result")]
+        if not own_data:
+            table = write_random_study(Path(folder), settings.image_sizes(), settings.batch_size + 1)
+            folders += [f"--cache_dir={folder}/cache", f"--data_root={table}"]
+        case = ["--case", *map(str, (stage, warmup, steps)), *options, *NOTHING_BUT_STEPS]
         done = subprocess.run([sys.executable, *launcher, "-m", module, *case, *folders],
                               capture_output=True, text=True, timeout=timeout)
     if done.returncode:

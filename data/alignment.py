@@ -88,7 +88,7 @@ def align(opt, pairs: list[Pair]) -> Alignment:
     if opt.align == "grid":
         return Alignment()
     found = []
-    for pair in interruptible(pairs):
+    for pair in interruptible([pair for pair in pairs if pair.is_complete]):
         try:
             found.append((pair, {modality: read_grid(file) for modality, file in pair.files.items()}))
         except DataError:  # reported when the file is read

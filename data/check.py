@@ -13,10 +13,10 @@ from data.alignment import Alignment, align, misalignment
 from data.cache import Reading, content, doubts, identical_scans, to_grid
 from data.grids import spacing_of
 from data.overlay import PAIRS_SHOWN, overlay, save_overlays
-from data.pairs import Pair
+from data.pairs import Pair, described
 from data.problems import SMALLEST_AXIS, DataError, Problem, VolumeError
-from data.split import groups_to_learn, split_subjects
-from data.study import find_study
+from data.split import groups_to_learn
+from data.study import find_study, split_study
 from data.volumes import read_volume
 from utils.files import write_table
 from utils.stop import interruptible
@@ -50,11 +50,16 @@ def check_study(opt) -> bool:
                                 for modality, listed in files.items() for file in listed)
     if pairs:
         try:
-            groups_to_learn(opt, pairs, split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed))
+            used, roles, warnings = split_study(opt, pairs)
+            problems += warnings + [
+                Problem(used[i].name, f"has no {' and no '.join(readings.keys() - used[i].files)}, so it is trained on "
+                        "but never tested", 'opt.incomplete = "leave_out" leaves it out', used[i].name, fatal=False)
+                for i in roles.get("incomplete", [])]
+            groups_to_learn(opt, used, roles)
         except DataError as error:
             problems += error.problems
     how = f"brought together {alignment}" if alignment else "which cannot be brought together"
-    print(f"{counted(pairs, 'pair')}, {how}")
+    print(f"{described(pairs)}, {how}")
     sizes, fits = {}, True
     for modality, listed in files.items():
         print(f"{modality}: {counted(listed, 'volume')} read to the end")
@@ -88,8 +93,8 @@ def _examine(pair: Pair, readings: dict[str, Reading],
         pass
     except DataError as error:
         problems += [dataclasses.replace(problem, subject=pair.name) for problem in error.problems]
-    for modality, reading in readings.items():
-        path = pair.files[modality]
+    for modality, path in pair.files.items():
+        reading = readings[modality]
         try:
             scan = read_volume(path, reading.reduce)
             if not (alignment and (reading.affine or reading.resize != "none")):  # other problems must not be hidden

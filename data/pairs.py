@@ -24,7 +24,8 @@ Sessions = dict[str, tuple[str, dict[str, Path]]]  # canonical label -> label as
 
 @dataclass(frozen=True)
 class Pair:
-    """Both scans of one visit of one subject. files: modality -> NIfTI file.
+    """The scans of one visit of one subject, of both modalities or, if it is incomplete, of one. files: modality ->
+    NIfTI file.
 
     subject and session are what {subject} and {session} stand for in opt.pattern_file and opt.region_file: sub-01 and
     2, with and without their prefix.
@@ -51,6 +52,10 @@ class Pair:
         return _canonical(self.subject, "sub")
 
     @property
+    def is_complete(self) -> bool:
+        return len(self.files) == 2
+
+    @property
     def in_mni(self) -> bool:
         """Whether its files are named so: an affine cannot tell."""
         return all("_space-MNI" in file.name for file in self.files.values())
@@ -63,13 +68,21 @@ def _canonical(label: str, prefix: str) -> str:
     return re.sub(r"^0+(?=\d)", "", bare)
 
 
+def described(visits: list[Pair]) -> str:
+    """How many there are."""
+    complete = sum(visit.is_complete for visit in visits)
+    more = f" and {len(visits) - complete} with one scan" if complete < len(visits) else ""
+    return f"{complete} pair{'' if complete == 1 else 's'}{more}"
+
+
 def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
-               suffixes: dict[str, str] | None = None, partial: bool = False,
-               share_scans: bool = False) -> tuple[list[Pair], list[Problem]]:
+               suffixes: dict[str, str] | None = None, partial: bool = False, share_scans: bool = False,
+               incomplete: bool = False) -> tuple[list[Pair], list[Problem]]:
     """Return the pairs of a study, sorted by name, and all problems found.
 
     data_root, exclude, suffixes, share_scans: as in opt.py (suffixes: opt.bids_suffix).
-    partial: also return visits that lack a modality; otherwise each of them is a problem, which is not fatal.
+    incomplete: also return visits that lack a modality, after all others; otherwise each of them is a problem, which is
+    not fatal. partial: also those that lack both, and a table may have one column only.
     """
     try:
         if os.path.isdir(data_root):
@@ -86,17 +99,20 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     visits = sorted((visit for visit in visits if not {visit.name, visit.person} & excluded),
                     key=lambda visit: visit.name)
     pairs = [visit for visit in visits if partial or len(visit.files) == len(modalities)]
+    if incomplete:
+        pairs += [visit for visit in visits if len(visit.files) == 1]
     problems = [problem for problem in problems
                 if not {problem.subject, _canonical(problem.subject, "sub")} & excluded] + _conflicts(pairs)
     if partial:
         return pairs, problems
     for visit in visits:
-        if missing := [modality for modality in modalities if modality not in visit.files]:
+        missing = [modality for modality in modalities if modality not in visit.files]
+        if missing and not (incomplete and visit.files):
             found = ", ".join(f"its {modality} is {file}" for modality, file in visit.files.items()) or "it has nothing"
             problems.append(Problem(visit.name, f"left out because it has no {' and no '.join(missing)} ({found})",
                                     "if there is such a file, give it the same subject and session", visit.name,
                                     fatal=False))
-    if not pairs and not any(problem.fatal for problem in problems):
+    if not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))
     return pairs, problems

@@ -48,6 +48,33 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
     return {role: [i for i, pair in enumerate(pairs) if held_out.get(pair.person, "train") == role] for role in ROLES}
 
 
+def add_incomplete(pairs: list[Pair], roles: dict[str, list[int]], incomplete: list[Pair],
+                   test_fold: int | None) -> tuple[list[Pair], list[Problem]]:
+    """Give visits that lack a modality the role "incomplete": they take part in training, and only there. Returns all
+    pairs, the complete ones at their places, and a warning for each visit that is left out because its person is tested
+    or validated on. test_fold: opt.fold; None with opt.folds = 1, where everybody is trained on.
+    """
+    held_out = {}
+    if test_fold is not None:
+        held_out = {visit.person: "test" for visit in incomplete if visit.fold == test_fold}
+        held_out |= {pairs[i].person: role for role in ROLES[1:] for i in roles[role]}
+    used = [visit for visit in incomplete if visit.person not in held_out]
+    if used:
+        roles["incomplete"] = list(range(len(pairs), len(pairs) + len(used)))
+    return pairs + used, [
+        Problem(visit.name, f"left out because it has only {', '.join(visit.files)}, and its subject is in the "
+                f"{held_out[visit.person]} set", "no subject may be on both sides", visit.name, fatal=False)
+        for visit in incomplete if visit.person in held_out]
+
+
+def training_pool(roles: dict[str, list[int]], share: float) -> list[int]:
+    """The positions that an epoch visits once: the training pairs, as often as it takes that incomplete visits make up
+    at most about this share, and those."""
+    incomplete = roles.get("incomplete", []) if share else []
+    repeats = round(len(incomplete) * (1 - share) / share / len(roles["train"])) if incomplete else 1
+    return roles["train"] * max(1, repeats) + incomplete
+
+
 def _seeded_order(group_of: dict[str, str], seed: int) -> list[str]:
     """All people in a random order that spreads each group evenly over it."""
     random, rank = np.random.default_rng(seed), {}

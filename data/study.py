@@ -17,7 +17,7 @@ from data.demo import COMPLETE, DEMO_ROOT, write_demo
 from data.grids import spacing_of
 from data.pairs import Pair, find_pairs
 from data.problems import Problem, print_notes, raise_if_fatal
-from data.split import split_subjects
+from data.split import add_incomplete, split_subjects
 from utils.device import to_device
 from utils.errors import UserError
 from utils.files import remove_temporary_files
@@ -29,8 +29,9 @@ CPU = torch.device("cpu")
 class Study:
     """The pairs of two modalities. Volumes and masks come as {modality: tensor (B, 1, X, Y, Z)}.
 
-    ranges[modality]: (N, 2) intensities, in file units, that became -1 and 1; affines[modality]: N of (4, 4);
-    problems: warnings. Raises VolumeError, DataError if a scan is there twice, and Interrupted between two pairs.
+    ranges[modality]: (N, 2) intensities, in file units, that became -1 and 1; affines[modality]: N of (4, 4); both None
+    for a scan that an incomplete visit lacks: its volume is NaN, as if the scan saw nothing. problems: warnings. Raises
+    VolumeError, DataError if a scan is there twice, and Interrupted between two pairs.
     """
 
     def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], readings: dict[str, Reading],
@@ -42,6 +43,9 @@ class Study:
         self.has_pattern, self.problems, scans, data_hash = [False] * len(pairs), [], [], hashlib.sha256()
         self._kept = {}  # on a GPU: see keep_on
         for pair in interruptible(tqdm(pairs, desc="reading volumes", unit="pair", disable=None)):
+            for modality in readings.keys() - pair.files:
+                for each in (self._files, self.ranges, self.affines):
+                    each[modality].append(None)
             for modality, reading in alignment.readings(readings, pair.files).items():
                 file, metadata = cached_volume(pair.files[modality], reading, cache_dir)
                 self._files[modality].append(file)
@@ -55,6 +59,16 @@ class Study:
         self.fingerprint = data_hash.hexdigest()
         self.split = {role: [pairs[i].name for i in members] for role, members in roles.items()}
         self.split_fingerprint = hashlib.sha256(json.dumps(self.split).encode()).hexdigest()
+        self.identity = {"data": self.fingerprint, "split": self.split_fingerprint}
+
+    @property
+    def trained_on(self) -> list[int]:
+        """The positions of all visits that a model may have seen."""
+        return self.roles["train"] + self.roles.get("incomplete", [])
+
+    def has(self, modality: str, i: int) -> bool:
+        """Whether pair i has this scan."""
+        return modality in self.pairs[i].files
 
     def set_pattern(self, opt) -> None:
         """Make the masks of opt.pattern_networks or opt.pattern_file. Raises UserError if one is empty."""
@@ -82,7 +96,7 @@ class Study:
                 source = str(pair.file_of(opt.pattern_file))
             self.has_pattern[i] = bool(source)
             for modality in self.modalities:
-                self._masks[modality].append(mask_for(modality, i, source))
+                self._masks[modality].append(mask_for(modality, i, source if modality in pair.files else ""))
 
     def pattern_fingerprint(self) -> str:
         """Hash of all pattern masks."""
@@ -94,13 +108,14 @@ class Study:
         if self.alignment.how != "grid":
             return []
         grids = [zip(affines, self.sizes.values()) for affines in zip(*self.affines.values())]
-        return [warning for pair, two in zip(self.pairs, grids) if (warning := misalignment(pair, *two))]
+        return [warning for pair, two in zip(self.pairs, grids)
+                if pair.is_complete and (warning := misalignment(pair, *two))]
 
     @functools.cached_property
     def extent(self) -> torch.Tensor:
         """(3,) mm: size of the common box, or the median of the first modality's fields of view."""
         modality = self.modalities[0]
-        lengths = [spacing_of(affine) * self.sizes[modality] for affine in self.affines[modality]]
+        lengths = [spacing_of(affine) * self.sizes[modality] for affine in self.affines[modality] if affine is not None]
         return torch.from_numpy(np.median(lengths, axis=0))
 
     def volumes(self, positions: list[int], device: torch.device = CPU) -> dict[str, torch.Tensor]:
@@ -110,8 +125,9 @@ class Study:
         """
         if self._kept and device == self._kept["device"]:
             return self._from_kept("volumes", positions)
-        return {modality: to_device(torch.from_numpy(np.stack([load_volume(files[i]) for i in positions])[:, None]),
-                                    device) for modality, files in self._files.items()}
+        return {modality: to_device(torch.from_numpy(np.stack([
+            load_volume(files[i]) if files[i] else np.full(self.sizes[modality], np.nan, np.float32)
+            for i in positions])[:, None]), device) for modality, files in self._files.items()}
 
     def masks(self, positions: list[int], device: torch.device = CPU) -> dict[str, torch.Tensor]:
         """{modality: (B, 1, X, Y, Z)} pattern masks, 0 or 1, on the device; all 0 for a pair that has none."""
@@ -151,10 +167,9 @@ class Study:
                 total, known = total + np.nan_to_num(volume), known + ~np.isnan(volume)
             return torch.from_numpy(np.where(known > 0, total / np.maximum(known, 1), -1)).float()
 
-        train = self.roles["train"]
-        members = [train, *([i for i in train if self.pairs[i].group == group] for group in groups)]
-        return {modality: torch.stack([mean([files[i] for i in positions]) for positions in members])[:, None]
-                for modality, files in self._files.items()}
+        members = [self.trained_on, *([i for i in self.trained_on if self.pairs[i].group == group] for group in groups)]
+        return {modality: torch.stack([mean([files[i] for i in positions if files[i]])
+                                       for positions in members])[:, None] for modality, files in self._files.items()}
 
     def train_range(self, modality: str) -> tuple[float, float]:
         """Medians over the training volumes of the intensities that became -1 and 1: the units of synthetic volumes."""
@@ -180,7 +195,7 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
         remove_temporary_files(root)  # of a process that was killed
         write_demo(root)
     pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix,
-                                 share_scans=opt.share_scans)
+                                 share_scans=opt.share_scans, incomplete=opt.incomplete == "use")
     try:
         sizes = opt.image_sizes()
     except UserError as error:  # only with --check, which suggests sizes: otherwise opt.validate refuses them
@@ -191,13 +206,23 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
                              for name in opt.modalities}
 
 
+def split_study(opt, visits: list[Pair]) -> tuple[list[Pair], dict[str, list[int]], list[Problem]]:
+    """Return the visits that take part, their roles, and warnings. Raises DataError."""
+    pairs = [visit for visit in visits if visit.is_complete]
+    roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
+    pairs, warnings = add_incomplete(pairs, roles, [visit for visit in visits if not visit.is_complete],
+                                     opt.fold if opt.folds > 1 else None)
+    return pairs, roles, warnings
+
+
 def read_study(opt) -> Study:
     """Find, split and decode the pairs in opt.data_root; print warnings. Raises DataError, UserError, Interrupted."""
     pairs, problems, readings = find_study(opt)
     warnings = raise_if_fatal(problems)
-    roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
+    pairs, roles, left_out = split_study(opt, pairs)
     study = Study(pairs, roles, readings, align(opt, pairs), Path(opt.cache_dir))
-    print_notes(warnings + study.problems + empty_regions(opt, [pairs[i] for i in roles["test"]]))
+    scored = [pairs[i] for i in roles["test"] if opt.refine]
+    print_notes(warnings + left_out + study.problems + empty_regions(opt, scored))
     study.set_pattern(opt)
     if opt.pattern_weight and not all(study.has_pattern):
         print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs are not known to be in MNI space, as the "

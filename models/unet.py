@@ -25,6 +25,8 @@ from models.layers import (
     to_patches,
 )
 
+DETAIL_CHANNELS = 8  # of single voxels: 16 are no better (docs/measurements.md)
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -80,6 +82,22 @@ class UNet(nn.Module):
         return h
 
 
+class Detail(nn.Module):
+    """What patches cannot place: two convolutions of single voxels, of the features of the patches around them and of
+    the volumes there. (B, channels, X / patch, ...) and (B, volumes, X, Y, Z) -> (B, 1, X, Y, Z)."""
+
+    def __init__(self, channels: int, patch: int, volumes: int):
+        super().__init__()
+        self.patch = patch
+        self.features = Conv3d(channels, DETAIL_CHANNELS * patch**3, 1)
+        self.hidden = Conv3d(DETAIL_CHANNELS + volumes, DETAIL_CHANNELS, 3, padding=1)
+        self.head = Conv3d(DETAIL_CHANNELS, 1, 3, padding=1)
+
+    def forward(self, features: Tensor, volumes: Tensor) -> Tensor:
+        fine = from_patches(self.features(features), self.patch, volumes.shape[2:])
+        return self.head(F.silu(self.hidden(torch.cat([fine, volumes], dim=1))))
+
+
 class DirectionNet(nn.Module):
     """source (B, 1, Xs, Ys, Zs), target (B, 1, Xt, Yt, Zt), mean and embedding -> (B, 1, Xt, Yt, Zt).
 
@@ -108,10 +126,12 @@ class DirectionNet(nn.Module):
         self.output = res_blocks(config.output_blocks, 2 * channels, channels, emb_channels, config.dropout)
         self.norm = nn.GroupNorm(8, channels)
         self.head = Conv3d(channels, patch**3, 3, padding=1)
-        self.gain = nn.Linear(emb_channels, 4 if groups else 3)
+        direct = 4 if groups else 3  # volumes
+        self.detail = Detail(channels, patch, direct) if patch > 1 else None
+        self.gain = nn.Linear(emb_channels, direct)
         self.group = nn.Embedding(1 + groups, emb_channels) if groups else None  # row 0: no group given
         self.blocks = [block for block in self.modules() if isinstance(block, ResBlock)]
-        for layer in filter(None, (self.head, self.gain, self.group)):
+        for layer in filter(None, (self.head, self.detail and self.detail.head, self.gain, self.group)):
             for weight in layer.parameters():
                 nn.init.zeros_(weight)
 
@@ -138,12 +158,17 @@ class DirectionNet(nn.Module):
         h = torch.cat([resize_to(features, stem.shape[2:]), stem], dim=1)
         for block in self.output:
             h = block(h, shift[block])
-        h = from_patches(self.head(norm_silu(h, self.norm)), self.patch, target.shape[2:]).float()
+        h = norm_silu(h, self.norm)
         direct = [target, source_there, self.mean[:1].expand_as(target)]
         if self.group is not None:
             direct.append(mean - self.mean[:1])
+        direct = torch.cat(direct, dim=1)
+        output = from_patches(self.head(h), self.patch, target.shape[2:])
+        if self.detail is not None:
+            output = output + self.detail(h, direct)
         with torch.autocast(source.device.type, enabled=False):
-            return torch.baddbmm(h.flatten(2), gains[:, None], torch.cat(direct, dim=1).flatten(2)).view_as(h)
+            output = output.float()
+            return torch.baddbmm(output.flatten(2), gains[:, None], direct.flatten(2)).view_as(output)
 
 
 class DualModalUNet(nn.Module):

@@ -132,12 +132,14 @@ def turned(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
                                                                nib.orientations.axcodes2ornt(codes)))
 
 
-def write_pairs(folder: Path, subjects: int = 6, name: str = "{}_space-MNI_{}.nii.gz", codes: str = "RAS") -> Path:
-    """Write a CSV study of tiny pairs, stored in the orientation `codes`; returns the CSV."""
+def write_pairs(folder: Path, subjects: int = 6, name: str = "{}_space-MNI_{}.nii.gz", codes: str = "RAS",
+                incomplete: int = 0) -> Path:
+    """Write a CSV study of tiny pairs, stored in the orientation `codes`, and as many visits more that lack a modality,
+    in turn; returns the CSV."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"subject": f"sub-{number:02d}"} for number in range(1, subjects + 1)]
+    rows = [{"subject": f"sub-{number:02d}"} for number in range(1, subjects + incomplete + 1)]
     for number, row in enumerate(rows, start=1):
-        for modality, size in SIZES.items():
+        for modality, size in [*SIZES.items()] if number <= subjects else [[*SIZES.items()][number % 2]]:
             volume = brain(size, 0.6 + 0.03 * number, 0.4 if modality == "fmri" else -0.3, 100 * number + len(size))
             affine = np.diag([SPACING[modality]] * 3 + [1.0])
             affine[:3, 3] = -np.array(size) / 2 * SPACING[modality]
@@ -161,6 +163,12 @@ def ball(*size: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="session")
 def study_csv(tmp_path_factory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def incomplete_csv(tmp_path_factory) -> Path:
+    """sub-07 and sub-09 have a dmri only, sub-08 an fmri."""
+    return write_pairs(tmp_path_factory.mktemp("incomplete"), incomplete=3)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from benchmarks import (
     chart,
     cross_validate,
     equal_time,
+    few_pairs,
     fuzz,
     gpu,
     group_difference,
@@ -198,7 +199,7 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
         gpu.main()
 
 
-@pytest.mark.parametrize("stage, most", [(1, 700), (2, 1200)])
+@pytest.mark.parametrize("stage, most", [(1, 750), (2, 1200)])
 def test_a_step_of_the_default_network_has_few_operations(stage, most, tmp_path, capsys):
     """A GPU is bound by their number in a network this small."""
     own = [f"--{each}_dir={tmp_path / each}" for each in ("cache", "checkpoint", "result")]
@@ -252,7 +253,7 @@ def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, mon
 
     calls, arms = [], {name: equal_time.ARMS[name] for name in (equal_time.REFERENCE, "two stages")}
     monkeypatch.setattr(ablation, "run_child", run)
-    monkeypatch.setattr(equal_time, "run_case", lambda options, stage: {"seconds_per_step": 1.0, "peak_gib": 1.0})
+    monkeypatch.setattr(equal_time, "run_case", lambda options, stage, **_: {"seconds_per_step": 1.0, "peak_gib": 1.0})
     own = SimpleNamespace(minutes=[4 / 60], seeds=2, out=tmp_path)
     options = [word for word in grouped[0] if word != "--max_steps"][:-1]
     for _ in range(2):  # finished runs are not repeated
@@ -262,6 +263,35 @@ def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, mon
     assert {(row["arm"], row["steps_1"], row["steps_2"]) for row in rows} == {
         (equal_time.REFERENCE, "1", "4"), ("two stages", "2", "2")}
     assert (tmp_path / "curves.png").exists() and (tmp_path / "table.md").read_text().count("\n| ") == 2
+
+
+def test_few_pairs_takes_scans_away_and_compares_by_subject(grouped, tmp_path, monkeypatch, capsys):
+    roles = []
+
+    def compare(own, options, arms, new, role) -> list[dict]:
+        study = read_study(settings_of(options))
+        roles.append({name: [study.pairs[i].name for i in places] for name, places in study.roles.items()})
+        assert role == "validation" and not new and own.minutes == [1.0]
+        return [{"arm": arm, "seed": seed, "subject": f"sub-{n}", "direction": direction, "ssim": 0.5,
+                 "psnr": 20 + n + seed + (0.4 + 0.1 * n) * (arm == few_pairs.ALL)}
+                for arm in arms for seed in (0, 1) for n in range(3) for direction in ("fmri->dmri", "dmri->fmri")]
+
+    monkeypatch.setattr(equal_time, "compare", compare)
+    monkeypatch.setattr("sys.argv", ["x", "--minutes", "1", "--pairs", "1", "3", "--out", str(tmp_path), *grouped[0]])
+    few_pairs.main()
+    study = read_study(settings_of(grouped[0]))
+    whole = {name: [study.pairs[i].name for i in places] for name, places in study.roles.items()}
+    assert len(roles[0]["train"]) == 1 and len(roles[0].pop("incomplete")) == 2 and "incomplete" not in roles[1]
+    for found in roles:
+        assert found["test"] == whole["test"] and len(found["validation"]) == len(whole["validation"])
+    rows = read_csv(tmp_path / "1 pairs/pairs.csv")
+    assert sorted(name for row in rows for name in SIZES if not row[name]) == ["dmri", "fmri"]
+    printed = capsys.readouterr().out
+    assert printed.count("| 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.000") == 2 * 2 * 2
+    assert printed.count("| 22.00 | 0.500 |  |  |") == 4 and (tmp_path / "curves.png").exists()
+    monkeypatch.setattr("sys.argv", [*sys.argv[:4], "4", *sys.argv[6:]])
+    with pytest.raises(SystemExit, match="--pairs 4: the study has 3 training pairs"):
+        few_pairs.main()
 
 
 def test_the_table_of_equal_time_is_a_paired_gain():

@@ -56,7 +56,7 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
               "every voxel is 3": (VOXELS, np.full(12 * 13 * 11, 3, "<f4").tobytes())}
     faults = [*DAMAGED.values(), *((lambda good, field=field: with_header(good, field), what)
                                    for what, field in (warnings | errors).items())]
-    expected = {missing.name[:6]: "has no fmri", copy.name[:6]: "holds the same scan as"}
+    expected = {missing.name[:6]: "has no fmri, so it is trained on", copy.name[:6]: "holds the same scan as"}
     for path, (damage, what) in zip(others, faults):
         path.write_bytes(damage(path.read_bytes()))
         expected[path.name[:6]] = what
@@ -66,7 +66,7 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
     assert {row["subject"] for row in found} == set(expected)  # no subject without a fault is listed
     assert all(what in said[subject] for subject, what in expected.items())
     refused = [row["subject"] for row in found if row["fatal"] == "True"]
-    assert {expected[subject] for subject in set(expected) - set(refused)} == {"has no fmri", *warnings}
+    assert {expected[subject] for subject in set(expected) - set(refused)} == {expected[missing.name[:6]], *warnings}
     assert all(row["what"] in printed and row["remedy"] in printed for row in found)
     assert f"{SUGGESTION} --resize resample\n" in printed
     assert f"not ready: {len(refused)} errors, {len(found) - len(refused)} warnings\n" in printed

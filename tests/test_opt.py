@@ -12,7 +12,8 @@ from utils.settings import AFFECTS, problems_of
 
 # As in earlier versions, so that runs resume with the same freedom. All others affect training of both stages.
 AFFECTED = {
-    "data": "modalities image_size align box_size resize reduce intensity folds fold validation_fraction seed",
+    "data": "modalities image_size align box_size resize reduce intensity incomplete folds fold validation_fraction "
+            "seed",
     "stage 1": "loss timesteps prediction timestep_coupling condition_on_group optimiser learning_rate",
     "stage 2": "refine_optimiser refine_learning_rate structure_weight microstructure_weight coarse",
     "network": "unet_depth base_channels res_blocks output_blocks patch_size fusion attention_tokens dropout",

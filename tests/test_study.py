@@ -11,6 +11,7 @@ import torch
 from nibabel.affines import from_matvec
 
 from data.problems import DataError
+from data.split import ROLES
 from data.study import Study, find_study, read_study, steps_per_epoch, training_batch
 from opt import Options
 from tests.conftest import SIZES, save, write_pairs
@@ -46,6 +47,20 @@ def test_volumes_and_their_means(study):
     low, high = study.train_range("fmri")
     assert -100 < low < high < 1000 and study.problems == []
     assert study.extent.tolist() == [14.0 * n for n in SIZES["fmri"]]
+
+
+def test_the_scan_that_a_visit_lacks_is_unknown_everywhere(incomplete_csv, tmp_path):
+    study, without = (read_study(options(incomplete_csv, tmp_path, incomplete=choice))
+                      for choice in ("use", "leave_out"))
+    volumes, masks = study.volumes([0, 6]), study.masks([0, 6])  # sub-07 has a dmri only
+    assert study.has("dmri", 6) and not study.has("fmri", 6) and volumes["fmri"].shape == (2, 1, *SIZES["fmri"])
+    assert volumes["fmri"][1].isnan().all() and not masks["fmri"][1].any()
+    assert not any(each.isnan().any() for each in (volumes["fmri"][0], volumes["dmri"])) and masks["dmri"].any()
+    there = [i for i in study.trained_on if study.has("fmri", i)]
+    assert there == [*study.roles["train"], 7] and study.roles["incomplete"] == [6, 7, 8]
+    torch.testing.assert_close(study.mean_volumes()["fmri"][0], study.volumes(there)["fmri"].mean(0), atol=1e-6, rtol=0)
+    assert len(without.pairs) == 6 and without.roles == {role: study.roles[role] for role in ROLES}
+    assert without.split_fingerprint != study.split_fingerprint and without.fingerprint != study.fingerprint
 
 
 def test_pattern_masks_need_mni_space(study, study_csv, tmp_path):
@@ -101,7 +116,7 @@ def test_all_warnings_are_printed_and_pairs_left_out(tmp_path, capsys):
     voxels = image.get_fdata(dtype=np.float32)
     voxels[3, 3, :2] = np.nan
     save(path, voxels, image.affine @ from_matvec(np.eye(3), [6, 0, 0]))
-    settings = options(table, tmp_path, folds=1, align="grid")
+    settings = options(table, tmp_path, folds=1, align="grid", incomplete="leave_out")
     for _ in range(2):  # also if the volume comes from the cache
         study = read_study(settings)
         printed = capsys.readouterr().out

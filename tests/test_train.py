@@ -3,10 +3,15 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main
+from data.study import read_study
+from opt import PRESETS, opt
 from tests.conftest import arguments, read_csv, refine_arguments, write_pairs
+from train import Stage1
+from utils.arguments import parse_arguments
 
 
 def refusal(capsys, words: list[str]) -> str:
@@ -101,6 +106,20 @@ def test_augmentation_changes_the_loss_and_accumulation_only_the_memory(trained,
         assert main.main([*words, *folders, "--accumulate", count, "--max_steps", "3"]) == 0
     assert losses(tmp_path / "1", stage) != losses(trained, stage)[:3]
     np.testing.assert_allclose(losses(tmp_path / "2", stage), losses(tmp_path / "1", stage), rtol=1e-4)
+
+
+def test_a_modality_that_is_missing_is_noise_at_T_and_no_target(incomplete_csv, tmp_path):
+    settings = parse_arguments(opt, PRESETS, arguments(incomplete_csv, tmp_path), "test")
+    stage = Stage1(settings, read_study(settings), torch.device("cpu"))
+    T, batch = settings.timesteps, [0, 7, 7, 7, 7, 7, 7]  # sub-08 has an fmri only
+    assert {target: places for target, places, _ in stage.micro_batches(batch)} == {
+        "fmri": [*range(7)], "dmri": [0]}
+    data = stage.load(("fmri", [*range(7)], 1.0), batch, 0)
+    x0, _, noise, t, expected, _ = data
+    assert t["dmri"][1:].eq(T).all() and t["fmri"][1:].unique().numel() > 3 and not expected[1:].any()
+    assert x0["dmri"][1:].isnan().all() and not x0["fmri"].isnan().any() and noise["dmri"][1:].std() > 0.9
+    loss, _ = stage.loss(stage.network, ("fmri", [*range(7)], 1.0), data)
+    assert loss.isfinite()
 
 
 def test_a_run_resumes_its_newest_checkpoint(study_csv, trained, tmp_path, capsys):

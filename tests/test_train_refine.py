@@ -1,5 +1,6 @@
 """Stage 2 run for real on tiny pairs: what it leaves, what its settings do, what it refuses."""
 
+import copy
 import socket
 
 import numpy as np
@@ -54,6 +55,26 @@ def test_stage_2_starts_as_the_expected_volume_of_stage_1(trained, study_csv):
         expected = stage.prior.expected(target, study.volumes([0])[source])
         assert torch.equal(stage.refined(stage.network, target, 0), expected) and expected.std() > 0.05
         assert torch.equal(stage.coarse.volumes(target, [0]), expected)
+
+
+def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomplete_csv, tmp_path):
+    assert main.main(arguments(incomplete_csv, tmp_path, "--max_steps", "2")) == 0
+    settings = parse_arguments(opt, PRESETS, refine_arguments(incomplete_csv, tmp_path), "test")
+    study, state = read_study(settings), read_checkpoint(tmp_path / "checkpoints/best_model.pth", (STAGE_1,))
+    stage, seen = Stage2(settings, study, torch.device("cpu"), state), []
+    stage.ema_model = copy.deepcopy(stage.network).eval()
+    places = {target: places for target, places, _ in stage.micro_batches([0, 6, 7])}
+    assert places == {"fmri": [0, 2], "dmri": [0, 1]}  # sub-07 has a dmri only, sub-08 an fmri
+
+    def network(target: str, source: torch.Tensor, coarse: None) -> torch.Tensor:
+        seen.append(source)
+        return stage.network(target, source, coarse)
+
+    data = stage.load(("dmri", [0, 1], 1.0), [0, 6, 7], 0)
+    loss, _ = stage.loss(network, ("dmri", [0, 1], 1.0), data)
+    made = stage.ema_model.translate("fmri", study.volumes([6])["dmri"])
+    assert torch.equal(seen[0], torch.cat([study.volumes([0])["fmri"], made])) and made.std() > 0.001
+    assert torch.equal(data[1], study.volumes([0, 6])["dmri"]) and loss.isfinite() and loss.requires_grad
 
 
 def test_a_prior_without_expected_volume_is_refused_for_it(trained, study_csv, tmp_path, capsys):

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import replace_file
 from utils.tensors import UNFIT, DamagedError, load_weights, one_line, read_tensors
 
-FORMAT = 5
+FORMAT = 6
 STAGE_1, STAGE_2 = "stage 1", "stage 2"
 FILES = {STAGE_1: ("last_model.pth", "best_model.pth"), STAGE_2: ("last_refine.pth", "best_refine.pth")}
 PARTS = ("model", "ema")

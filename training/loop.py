@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from data.augment import PairTransform
 from data.grids import spacing_of
 from data.intensity import to_units
 from data.problems import DataError
-from data.split import write_split
+from data.split import training_pool, write_split
 from data.study import Study, steps_per_epoch, training_batch
 from data.volumes import write_volume
 from models.diffusion import Purpose, keyed_generator
@@ -62,8 +63,10 @@ class Stage:
     columns: tuple[str, ...]  # of log.csv
     metrics: tuple[str, ...]  # the columns of the validation
     higher_is_better: bool
+    incomplete_share: float  # of the visits in an epoch, at most
 
     network: nn.Module  # trained
+    ema_model: nn.Module  # the moving average of its weights; `fit` sets it
     epochs: int
     learning_rate: float
     optimiser: str
@@ -77,21 +80,26 @@ class Stage:
         first = study.roles["train"][0]
         self.metadata = {
             "options": opt.resolved(),
-            "fingerprints": {"data": study.fingerprint, "split": study.split_fingerprint,
-                             "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
+            "fingerprints": {**study.identity, "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
             "ranges": {modality: study.train_range(modality) for modality in study.modalities},
             "affines": {modality: study.affines[modality][first].tolist() for modality in study.modalities},
             "alignment": dataclasses.asdict(study.alignment)}
 
     def micro_batches(self, batch: list[int]) -> list[MicroBatch]:
-        """This rank's share of a step, in which each pair counts once per direction."""
-        jobs = [(target, place) for target in self.study.modalities for place in range(len(batch))]
+        """This rank's share of a step, in which each pair counts once per direction, an incomplete one once."""
+        jobs = [(target, place) for target in self.study.modalities for place, i in enumerate(batch)
+                if self.study.has(target, i)]
         return [(target, places, weight * len(places) / len(jobs))
                 for target, places, weight in split_jobs(jobs, self.opt.accumulate)]
 
+    @functools.cached_property
+    def members(self) -> list[int]:
+        """The positions that an epoch visits once."""
+        return training_pool(self.study.roles, self.incomplete_share)
+
     def total_steps(self) -> int:
         """The steps of the whole run."""
-        steps = self.epochs * steps_per_epoch(self.study.roles["train"], self.opt.batch_size)
+        steps = self.epochs * steps_per_epoch(self.members, self.opt.batch_size)
         return min(steps, self.opt.max_steps or steps)
 
     def transform(self, step: int, places: list[int]) -> PairTransform | None:
@@ -125,10 +133,11 @@ class Stage:
 
 def fit(stage: Stage) -> bool:
     """Train until the last step or until a stop is requested; returns whether the run is finished."""
-    opt, study, members = stage.opt, stage.study, stage.study.roles["train"]
+    opt, study, members = stage.opt, stage.study, stage.members
     per_epoch = steps_per_epoch(members, opt.batch_size)
     total, on_gpu = stage.total_steps(), stage.device.type == "cuda"
     ema = EMA(stage.network, opt.ema_decay)
+    stage.ema_model = ema.model
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
