@@ -141,6 +141,9 @@ def fit(stage: Stage) -> bool:
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
+    if study.roles.get("incomplete") and not stage.incomplete_share:
+        print(f'note: the {len(study.roles["incomplete"])} visits with one scan are in the mean volumes only: they are '
+              'trained on with opt.timestep_coupling = "independent" in stage 1, opt.coarse = "expected" in stage 2')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
                      {"model": stage.network, "ema": ema, "optimiser": optimiser},
                      stage.metadata, initial_best=-math.inf if stage.higher_is_better else math.inf)
