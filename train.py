@@ -46,7 +46,6 @@ from utils.stop import interruptible
 save_every = 100  # steps between two sample grids in results/
 
 GROUP_DROPOUT = 0.1  # fraction of the draws without a given modality in which the network does not see the group
-INCOMPLETE_SHARE = 0.25  # of the visits in an epoch, at most: complete pairs are repeated (docs/measurements.md)
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of T at which the error in x0 is measured
 STRIP_COLUMNS = 6  # of the picture from noise to volume
 
@@ -75,7 +74,6 @@ class Stage1(Stage):
             self.metadata["fingerprints"]["groups"] = hashlib.sha256(json.dumps(labels).encode()).hexdigest()
         self.may_change = names_affecting("nothing", "stage 2", "sampling", "sample.py")
         self.resume_from = Path(opt.resume_path) if opt.resume_path else None
-        self.incomplete_share = INCOMPLETE_SHARE if opt.timestep_coupling == "independent" else 0.0
 
     def begin(self) -> None:
         if is_main_rank() and self.opt.pattern_weight:
@@ -90,8 +88,7 @@ class Stage1(Stage):
         noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
         times = training_timesteps(opt.timestep_coupling, opt.timesteps,
                                    [(opt.seed, Purpose.TIMESTEPS, *key) for key in keys],
-                                   EXPECTED_FRACTION if self.prior.has_expected_volume else 0.0,
-                                   [not study.has(source, batch[place]) for place in places])
+                                   EXPECTED_FRACTION if self.prior.has_expected_volume else 0.0)
         t = dict(zip((source, target), times))
         if self.prior.groups:
             shown = [self.shows_group(key, pair_times) for key, *pair_times in zip(keys, *times)]

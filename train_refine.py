@@ -34,7 +34,6 @@ from utils.tensors import UNFIT
 
 save_every = 100  # steps between two sample grids in results/
 
-INCOMPLETE_SHARE = 1.0  # of the visits in an epoch, at most: no training pair is repeated (docs/measurements.md)
 BACKBONE_KEYS = ("stage", "step", "best", "run_id", "options", "fingerprints", "ranges", "affines", "groups",
                  "alignment")
 VGG = "weights of VGG16 (opt.vgg_weights; opt.perceptual_weight = 0 trains without them)"  # a fingerprint of the run
@@ -78,7 +77,8 @@ class Stage2(Stage):
                                      "ema": {"model": backbone["ema"]["model"]}}
         self.may_change = names_affecting("nothing", "stage 1", "sample.py")
         self.resume_from = Path(opt.resume_path) if state["stage"] == STAGE_2 else None
-        self.incomplete_share = INCOMPLETE_SHARE if opt.coarse == "expected" else 0.0
+        if opt.coarse == "expected":
+            self.members = study.trained_on
 
     def begin(self) -> None:
         self.coarse.prepare()

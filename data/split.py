@@ -67,14 +67,6 @@ def add_incomplete(pairs: list[Pair], roles: dict[str, list[int]], incomplete: l
         for visit in incomplete if visit.person in held_out]
 
 
-def training_pool(roles: dict[str, list[int]], share: float) -> list[int]:
-    """The positions that an epoch visits once: the training pairs, as often as it takes that incomplete visits make up
-    at most about this share, and those."""
-    incomplete = roles.get("incomplete", []) if share else []
-    repeats = round(len(incomplete) * (1 - share) / share / len(roles["train"])) if incomplete else 1
-    return roles["train"] * max(1, repeats) + incomplete
-
-
 def _seeded_order(group_of: dict[str, str], seed: int) -> list[str]:
     """All people in a random order that spreads each group evenly over it."""
     random, rank = np.random.default_rng(seed), {}

@@ -8,7 +8,6 @@ Volumes of both modalities travel as {modality: (B, 1, X, Y, Z)}, timesteps as {
 
 import math
 import zlib
-from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -88,23 +87,20 @@ class Diffusion:
 
 
 def training_timesteps(coupling: str, timesteps: int, keys: list[tuple[int, ...]],
-                       expected_fraction: float = EXPECTED_FRACTION,
-                       absent: Sequence[bool] = ()) -> tuple[Tensor, Tensor]:
+                       expected_fraction: float = EXPECTED_FRACTION) -> tuple[Tensor, Tensor]:
     """Timesteps of source and target, each (B,), for training a direction on pairs with these keys.
 
     "shared": one t for both. "independent": one each, and in GIVEN_FRACTION of the draws the source is given clean
     (t = 0), so that the network learns to translate, too. The target's t is then T in expected_fraction of them, else
-    the larger of two draws: the source matters most where the target is noise. Where the source is absent, its t is T.
+    the larger of two draws: the source matters most where the target is noise.
     """
     drawn = []
-    for key, is_absent in zip(keys, absent or [False] * len(keys)):
+    for key in keys:
         generator = keyed_generator(*key)
         first, second = torch.randint(1, timesteps + 1, (2,), generator=generator).tolist()
         case = float(torch.rand((), generator=generator)) / GIVEN_FRACTION
         if coupling == "shared":
             drawn.append((first, first))
-        elif is_absent:
-            drawn.append((timesteps, second))
         elif case >= 1:
             drawn.append((first, second))
         else:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data.pairs import Pair, find_pairs
 from data.problems import DataError
-from data.split import ROLES, add_incomplete, groups_to_learn, split_subjects, training_pool, write_split
+from data.split import ROLES, add_incomplete, groups_to_learn, split_subjects, write_split
 from tests.conftest import BOTH, read_csv
 
 visits = st.tuples(st.integers(1, 40), st.sampled_from(["{}", "sub-{}", "sub-{:02d}", "{:03d}"]),
@@ -89,16 +89,6 @@ def test_incomplete_visits_are_trained_on_alone_and_only_where_nobody_is_held_ou
                                                                          ("sub-78_ses-2", "test")}
     assert not any(note.fatal for note in notes) and len(notes) + len(everybody) == 9 + 6
     assert len(add_incomplete(pairs, {role: [*range(9)] for role in ROLES}, lacking, None)[0]) == 15
-
-
-@pytest.mark.parametrize("train, incomplete, share, repeats", [
-    (10, 31, 1.0, 1), (10, 31, 0.5, 3), (10, 31, 0.25, 9), (41, 1, 0.5, 1), (3, 0, 0.5, 1), (10, 31, 0.0, 1)])
-def test_the_pool_of_an_epoch_has_incomplete_visits_up_to_a_share(train, incomplete, share, repeats):
-    roles = {"train": [*range(train)], "incomplete": [*range(train, train + incomplete)]}
-    pool = training_pool(roles, share)
-    assert [pool.count(i) for i in range(train)] == [repeats] * train
-    assert [pool.count(i) for i in roles["incomplete"]] == [int(share > 0)] * incomplete
-    assert training_pool({"train": [3, 1]}, share) == [3, 1]
 
 
 def test_groups_are_learnt_only_if_large_enough():

@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_losses_and_a_golden_value(trained, study_c
     """A loss that must not drift unnoticed: float32 on the CPU, the tiny configuration."""
     assert main.main(arguments(study_csv, tmp_path)) == 0
     assert losses(tmp_path) == losses(trained)
-    np.testing.assert_allclose(losses(tmp_path)[:4], [1.27356, 0.749212, 1.64923, 1.6311], rtol=5e-3)
+    np.testing.assert_allclose(losses(tmp_path)[:4], [1.27356, 0.7461, 1.6199, 1.5906], rtol=5e-3)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "refine"])
@@ -108,18 +108,15 @@ def test_augmentation_changes_the_loss_and_accumulation_only_the_memory(trained,
     np.testing.assert_allclose(losses(tmp_path / "2", stage), losses(tmp_path / "1", stage), rtol=1e-4)
 
 
-def test_a_modality_that_is_missing_is_noise_at_T_and_no_target(incomplete_csv, tmp_path):
+def test_incomplete_visits_are_in_the_mean_volumes_of_stage_1_only(incomplete_csv, tmp_path, capsys):
     settings = parse_arguments(opt, PRESETS, arguments(incomplete_csv, tmp_path), "test")
-    stage = Stage1(settings, read_study(settings), torch.device("cpu"))
-    T, batch = settings.timesteps, [0, 7, 7, 7, 7, 7, 7]  # sub-08 has an fmri only
-    assert {target: places for target, places, _ in stage.micro_batches(batch)} == {
-        "fmri": [*range(7)], "dmri": [0]}
-    data = stage.load(("fmri", [*range(7)], 1.0), batch, 0)
-    x0, _, noise, t, expected, _ = data
-    assert t["dmri"][1:].eq(T).all() and t["fmri"][1:].unique().numel() > 3 and not expected[1:].any()
-    assert x0["dmri"][1:].isnan().all() and not x0["fmri"].isnan().any() and noise["dmri"][1:].std() > 0.9
-    loss, _ = stage.loss(stage.network, ("fmri", [*range(7)], 1.0), data)
-    assert loss.isfinite()
+    study = read_study(settings)
+    stage = Stage1(settings, study, torch.device("cpu"))
+    assert stage.members == study.roles["train"] and len(study.trained_on) == len(stage.members) + 3
+    assert torch.equal(stage.network.net("fmri").mean, study.mean_volumes()["fmri"])
+    assert main.main(arguments(incomplete_csv, tmp_path, "--max_steps", "1")) == 0
+    said = capsys.readouterr().out
+    assert "6 pairs and 3 with one scan" in said and "3 visits with one scan are in the mean volumes only" in said
 
 
 def test_a_run_resumes_its_newest_checkpoint(study_csv, trained, tmp_path, capsys):

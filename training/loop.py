@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from data.augment import PairTransform
 from data.grids import spacing_of
 from data.intensity import to_units
 from data.problems import DataError
-from data.split import training_pool, write_split
+from data.split import write_split
 from data.study import Study, steps_per_epoch, training_batch
 from data.volumes import write_volume
 from models.diffusion import Purpose, keyed_generator
@@ -63,7 +62,7 @@ class Stage:
     columns: tuple[str, ...]  # of log.csv
     metrics: tuple[str, ...]  # the columns of the validation
     higher_is_better: bool
-    incomplete_share: float  # of the visits in an epoch, at most
+    members: list[int]  # the visits that an epoch visits once
 
     network: nn.Module  # trained
     ema_model: nn.Module  # the moving average of its weights; `fit` sets it
@@ -76,7 +75,7 @@ class Stage:
 
     def __init__(self, opt, study: Study, device: torch.device):
         self.opt, self.study, self.device = opt, study, device
-        self.folder = Path(opt.result_dir) / self.folder_name
+        self.folder, self.members = Path(opt.result_dir) / self.folder_name, study.roles["train"]
         first = study.roles["train"][0]
         self.metadata = {
             "options": opt.resolved(),
@@ -91,11 +90,6 @@ class Stage:
                 if self.study.has(target, i)]
         return [(target, places, weight * len(places) / len(jobs))
                 for target, places, weight in split_jobs(jobs, self.opt.accumulate)]
-
-    @functools.cached_property
-    def members(self) -> list[int]:
-        """The positions that an epoch visits once."""
-        return training_pool(self.study.roles, self.incomplete_share)
 
     def total_steps(self) -> int:
         """The steps of the whole run."""
@@ -141,9 +135,9 @@ def fit(stage: Stage) -> bool:
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
-    if study.roles.get("incomplete") and not stage.incomplete_share:
-        print(f'note: the {len(study.roles["incomplete"])} visits with one scan are in the mean volumes only: they are '
-              'trained on with opt.timestep_coupling = "independent" in stage 1, opt.coarse = "expected" in stage 2')
+    if only_in_means := len(study.trained_on) - len(members):
+        print(f"note: {only_in_means} visits with one scan are in the mean volumes only: stage 2 is trained on them, "
+              'with opt.coarse = "expected"')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
                      {"model": stage.network, "ema": ema, "optimiser": optimiser},
                      stage.metadata, initial_best=-math.inf if stage.higher_is_better else math.inf)
