@@ -21,7 +21,7 @@ class Purpose(IntEnum):
     TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, DROPOUT, AUGMENT, JOINT, GROUP = range(9)
 
 
-GIVEN_FRACTION = 0.75  # of a direction's training draws in which the source is given clean (docs/measurements.md)
+GIVEN_FRACTION = 0.75  # of a direction's training draws in which the source is given clean (docs/results.md)
 EXPECTED_FRACTION = 0.5  # of these, in which the target is at T, without noise: the expected volume
 MAX_BETA = 0.999  # as published with the cosine schedule: keeps alpha_bar_T above 0
 Volumes = dict[str, Tensor]

@@ -14,7 +14,7 @@ from utils.device import to_device
 from utils.stop import Interrupted, stop
 from utils.tensors import build
 
-EXPECTED_WEIGHT = 4.0  # in the loss (docs/measurements.md)
+EXPECTED_WEIGHT = 4.0  # in the loss (docs/results.md)
 
 
 @dataclass(frozen=True, eq=False)

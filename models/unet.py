@@ -25,7 +25,7 @@ from models.layers import (
     to_patches,
 )
 
-DETAIL_CHANNELS = 8  # of single voxels: 16 are no better (docs/measurements.md)
+DETAIL_CHANNELS = 8  # of single voxels: 16 are no better (docs/results.md)
 
 
 @dataclass(frozen=True)
