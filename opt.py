@@ -24,6 +24,10 @@ from utils.settings import Settings, expand_paths, path, problems_of, setting
 
 @dataclasses.dataclass
 class Options(Settings):
+    # what --help shows first
+    FIRST = ("refine", "resume_path", "check", "data_root", "modalities", "image_size", "augment", "batch_size",
+             "epochs", "refine_epochs", "checkpoint_dir", "result_dir")
+
     # ---- What to run
     refine: bool = setting(False, affects="nothing")  # False: stage 1, the diffusion model. True: stage 2, refinement
     # stage 1: the checkpoint to resume (empty: last_model.pth in checkpoint_dir). Stage 2: the stage-1 model to refine,

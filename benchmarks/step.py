@@ -44,6 +44,7 @@ from utils.stop import Interrupted
 
 OWN = "own"  # the sizes of the preset
 SIZES = [OWN, "32x32x18/48x48x30", "48x48x27/72x72x45"]
+COUNTED_STEPS = 2  # counting takes several times as long
 RSS_PER_GIB = 2**20 if sys.platform == "linux" else 2**30  # ru_maxrss counts KiB on Linux, bytes on macOS
 NOTHING_BUT_STEPS = ["--folds=1", "--space=native", "--resize=none", "--no-tensorboard", "--no-refine", "--epochs=1000",
                      "--refine_epochs=1000", "--validate_every=1000000", "--checkpoint_every=1000000", "--max_steps=0"]
@@ -136,12 +137,12 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
         seconds, loaded = np.diff(train_steps(stage, warmup, steps, lambda: (time.perf_counter(), loading)), axis=0).T
         peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_GIB)
-        added = more(stage)
+        added, counted = more(stage), min(steps, COUNTED_STEPS)
         with Operations() as operations:
-            counts = train_steps(stage, warmup, steps, lambda: operations.count)
+            counts = train_steps(stage, warmup, counted, lambda: operations.count)
         with FlopCounterMode(display=False) as counter:  # last: it keeps tensors
-            flops = train_steps(stage, warmup, steps, counter.get_total_flops)
-        tflop = all_reduce_sum((flops[-1] - flops[0]) / steps / 1e12)[0]
+            flops = train_steps(stage, warmup, counted, counter.get_total_flops)
+        tflop = all_reduce_sum((flops[-1] - flops[0]) / counted / 1e12)[0]
         print(json.dumps({  # only the main rank's output is shown
             "stage": number, "sizes": "/".join("x".join(map(str, size)) for size in study.sizes.values()),
             "batch_size": settings.batch_size, "ranks": world_size(),
@@ -150,8 +151,8 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
             "million_parameters": sum(p.numel() for p in stage.network.parameters()) / 1e6,
             "seconds_per_step": seconds.mean(), "seconds": seconds.tolist(),
             "pairs_per_second": settings.batch_size / seconds.mean(), "loading": loaded.sum() / seconds.sum(),
-            "operations": (counts[-1] - counts[0]) / steps, "tflop": tflop, "tflop_per_second": tflop / seconds.mean(),
-            "peak_gib": peak, **added}))
+            "operations": (counts[-1] - counts[0]) / counted, "tflop": tflop,
+            "tflop_per_second": tflop / seconds.mean(), "peak_gib": peak, **added}))
 
 
 def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ranks: int = 1,
