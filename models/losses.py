@@ -21,13 +21,14 @@ VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+ERRORS = {"l1": torch.abs, "l2": torch.square}  # opt.loss -> of a voxel
+
 def pattern_aware_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: float, kind: str = "l1") -> Tensor:
-    """(B,) means over voxels of (1 + weight mask) |prediction - target| (arXiv 2511.04963), squared for kind "l2".
+    """(B,) means over voxels of (1 + weight mask) |prediction - target| (arXiv 2511.04963), or another of ERRORS.
 
     mask: (B, 1, X, Y, Z), 1 inside the disease-related networks.
     """
-    error = prediction - target
-    return ((1 + weight * mask) * (error.abs() if kind == "l1" else error.square())).mean(dim=(1, 2, 3, 4))
+    return ((1 + weight * mask) * ERRORS[kind](prediction - target)).mean(dim=(1, 2, 3, 4))
 
 
 def tissue_loss(refined: Tensor, truth: Tensor, mask: Tensor, weight: float) -> Tensor:
