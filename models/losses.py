@@ -19,9 +19,8 @@ SSIM_C1, SSIM_C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # for a data range of 2
 VGG16_URL = VGG16_Weights.IMAGENET1K_V1.url
 VGG16_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 ERRORS = {"l1": torch.abs, "l2": torch.square}  # opt.loss -> of a voxel
+
 
 def pattern_aware_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: float, kind: str = "l1") -> Tensor:
     """(B,) means over voxels of (1 + weight mask) |prediction - target| (arXiv 2511.04963), or another of ERRORS.
