@@ -51,7 +51,7 @@ def test_the_training_set_is_read_once_per_batch_and_a_stop_is_obeyed(monkeypatc
 
     monkeypatch.setattr(memorisation, "BATCH", 2)
     loads, pairs = [], [SimpleNamespace(name=f"sub-{n}") for n in range(4)]
-    study = SimpleNamespace(roles={"train": [0, 1, 2, 3]}, pairs=pairs, volumes=volumes)
+    study = SimpleNamespace(trained_on=[0, 1, 2, 3, 4], has=lambda modality, i: i < 4, pairs=pairs, volumes=volumes)
     nearest = functools.partial(memorisation.nearest_training_volumes, study, "fmri")
     found = nearest((ball(4, 4, 4, seed=n) + n for n in (3, 1, 0)), flips=False)
     assert len(loads) == 2 * 4 and [name for _, name in found] == ["sub-3", "sub-1", "sub-0"]
