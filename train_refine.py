@@ -77,8 +77,9 @@ class Stage2(Stage):
                                      "ema": {"model": backbone["ema"]["model"]}}
         self.may_change = names_affecting("nothing", "stage 1", "sample.py")
         self.resume_from = Path(opt.resume_path) if state["stage"] == STAGE_2 else None
-        if opt.coarse == "expected":
-            self.members = study.trained_on
+        if opt.coarse == "expected":  # an epoch: incomplete visits once, pairs so often that they are about half of it
+            incomplete = study.roles.get("incomplete", [])
+            self.members = self.members * max(1, round(len(incomplete) / len(self.members))) + incomplete
 
     def begin(self) -> None:
         self.coarse.prepare()

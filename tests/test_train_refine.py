@@ -63,6 +63,7 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
     study, state = read_study(settings), read_checkpoint(tmp_path / "checkpoints/best_model.pth", (STAGE_1,))
     stage, seen = Stage2(settings, study, torch.device("cpu"), state), []
     stage.ema_model = copy.deepcopy(stage.network).eval()
+    assert stage.members == [*study.roles["train"], 6, 7, 8]
     places = {target: places for target, places, _ in stage.micro_batches([0, 6, 7])}
     assert places == {"fmri": [0, 2], "dmri": [0, 1]}  # sub-07 has a dmri only, sub-08 an fmri
 

@@ -62,7 +62,7 @@ class Stage:
     columns: tuple[str, ...]  # of log.csv
     metrics: tuple[str, ...]  # the columns of the validation
     higher_is_better: bool
-    members: list[int]  # the visits that an epoch visits once
+    members: list[int]  # the visits of an epoch
 
     network: nn.Module  # trained
     ema_model: nn.Module  # the moving average of its weights; `fit` sets it
@@ -135,8 +135,8 @@ def fit(stage: Stage) -> bool:
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
-    if only_in_means := len(study.trained_on) - len(members):
-        print(f"note: {only_in_means} visits with one scan are in the mean volumes only: stage 2 is trained on them, "
+    if only_in_means := {*study.trained_on} - {*members}:
+        print(f"note: {len(only_in_means)} visits with one scan are in the mean volumes only: stage 2 is trained on them, "
               'with opt.coarse = "expected"')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
                      {"model": stage.network, "ema": ema, "optimiser": optimiser},
