@@ -136,8 +136,8 @@ def fit(stage: Stage) -> bool:
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
     if only_in_means := {*study.trained_on} - {*members}:
-        print(f"note: {len(only_in_means)} visits with one scan are in the mean volumes only: stage 2 is trained on them, "
-              'with opt.coarse = "expected"')
+        print(f"note: {len(only_in_means)} visits with one scan are in the mean volumes only: stage 2 is trained on "
+              'them, with opt.coarse = "expected"')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
                      {"model": stage.network, "ema": ema, "optimiser": optimiser},
                      stage.metadata, initial_best=-math.inf if stage.higher_is_better else math.inf)
