@@ -39,6 +39,9 @@ from utils.errors import UserError
 from utils.files import lock_folders, make_writable, remove_temporary_files
 from utils.stop import exit_with, stop
 
+FIRST = ("refine", "resume_path", "check", "data_root", "modalities", "image_size", "augment", "batch_size", "epochs",
+         "refine_epochs", "checkpoint_dir", "result_dir")  # in --help: what people change first
+
 
 def describe(settings, study: Study, device: torch.device) -> None:
     """Print what is about to run: device, data, sizes, and the settings that differ from the defaults."""
@@ -90,7 +93,7 @@ def run(settings) -> int:
 
 
 def main(argv: list[str]) -> int:
-    return run_program(run, parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0]))
+    return run_program(run, parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0], FIRST))
 
 
 if __name__ == "__main__":

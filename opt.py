@@ -24,10 +24,6 @@ from utils.settings import Settings, expand_paths, path, problems_of, setting
 
 @dataclasses.dataclass
 class Options(Settings):
-    # what --help shows first
-    FIRST = ("refine", "resume_path", "check", "data_root", "modalities", "image_size", "augment", "batch_size",
-             "epochs", "refine_epochs", "checkpoint_dir", "result_dir")
-
     # ---- What to run
     refine: bool = setting(False, affects="nothing")  # False: stage 1, the diffusion model. True: stage 2, refinement
     # stage 1: the checkpoint to resume (empty: last_model.pth in checkpoint_dir). Stage 2: the stage-1 model to refine,
@@ -69,7 +65,7 @@ class Options(Settings):
     # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
     # pattern-aware loss. "template": another space that all subjects share. Both have one box for all pairs
     space: Literal["auto", "mni", "template", "native"] = "auto"
-    # visits that lack one modality: "use" them to train on, never to test; or "leave_out"
+    # visits that lack one modality: "use" them in mean volumes and as targets of stage 2, not in tests; or "leave_out"
     incomplete: Literal["use", "leave_out"] = setting("use", affects="data")
     cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # folds of the subjects; 1: no test set, train on all

@@ -24,7 +24,7 @@ from data.intensity import brain_region, to_units
 from data.pairs import Pair, find_pairs
 from data.problems import DataError, Problem, print_notes, raise_if_fatal
 from models.diffusion import name_key
-from opt import PRESETS, opt
+from opt import PRESETS, names_affecting, opt
 from synthesis import derivatives
 from synthesis.model import TrainedModel, open_model
 from synthesis.report import save_pictures, write_pair_tables, write_scores
@@ -35,6 +35,8 @@ from utils.errors import UserError
 from utils.files import lock_folders, make_writable, remove_temporary_files
 from utils.metrics import score
 from utils.stop import Interrupted, exit_with, interruptible, stop
+
+FIRST = ("resume_path", "data_root", "average_flips", *names_affecting("sample.py"))  # in --help
 
 
 def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
@@ -153,7 +155,7 @@ def run(settings) -> int:
 
 
 def main(argv: list[str]) -> int:
-    return run_program(run, parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0]))
+    return run_program(run, parse_arguments(opt, PRESETS, argv, __doc__.splitlines()[0], FIRST))
 
 
 if __name__ == "__main__":

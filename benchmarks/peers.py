@@ -10,14 +10,15 @@ its defaults:
 
     residual U-Net     UNet with two residual units per level (Kerfoot et al. 2018); L1
     DynUNet            nnU-Net's network with residual blocks (Isensee et al. 2021); L1
-    diffusion          DiffusionModelUNet on target and source (Pinaya et al. 2022), v, 1000 timesteps, DDIM; half of
-                       its default channels and blocks, so that a CPU makes four times as many steps
+    diffusion          DiffusionModelUNet on target and source (Pinaya et al. 2022), v, 1000 timesteps, DDIM; smaller
+                       than its default, without attention, so that a CPU makes four times as many steps
     pix2pix            the residual U-Net with L1 and a 3-D patch discriminator (Isola et al. 2017), least squares
     copy, mean         the source resampled; the mean training volume
 
 The rate of Adam, which decays linearly, is the best of --rates on the validation subjects after --search_minutes each.
 PDS trains both stages in nine tenths of the minutes, divided as their default lengths are (benchmarks/equal_time.py);
-the rest is for start, validation and pictures. All are
+the rest is for start, validation and pictures. Give
+--incomplete leave_out where visits lack a scan: only PDS uses them. All are
 scored on the test subjects, over the whole volume. In --out: scores.csv and table.md. Finished runs are not repeated.
 """
 

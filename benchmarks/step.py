@@ -46,8 +46,9 @@ OWN = "own"  # the sizes of the preset
 SIZES = [OWN, "32x32x18/48x48x30", "48x48x27/72x72x45"]
 COUNTED_STEPS = 2  # counting takes several times as long
 RSS_PER_GIB = 2**20 if sys.platform == "linux" else 2**30  # ru_maxrss counts KiB on Linux, bytes on macOS
-NOTHING_BUT_STEPS = ["--folds=1", "--space=native", "--resize=none", "--no-tensorboard", "--no-refine", "--epochs=1000",
-                     "--refine_epochs=1000", "--validate_every=1000000", "--checkpoint_every=1000000", "--max_steps=0"]
+OF_A_RANDOM_STUDY = ["--folds=1", "--space=native", "--resize=none"]
+NOTHING_BUT_STEPS = [*OF_A_RANDOM_STUDY, "--no-tensorboard", "--no-refine", "--epochs=1000", "--refine_epochs=1000",
+                     "--validate_every=1000000", "--checkpoint_every=1000000", "--max_steps=0"]
 
 
 def write_random_study(folder: Path, sizes: dict[str, tuple[int, ...]], pairs: int) -> Path:
@@ -122,7 +123,7 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
     with process_group(device):
         study = read_study(settings)
         stage = new_stage(number, settings, study, device)
-        stage.members *= warmup + steps + 4  # an epoch that does not end: no checkpoint between two steps
+        stage.members = stage.members * (warmup + steps + 4)  # an epoch that does not end: no checkpoint between steps
         load, loading = stage.load, 0.0
 
         def timed_load(*arguments: object) -> tuple:
@@ -166,10 +167,11 @@ def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ra
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         folders = [f"--{name}_dir={folder}/{name}" for name in ("checkpoint", "result")]
+        more = [word for word in NOTHING_BUT_STEPS if not (own_data and word in OF_A_RANDOM_STUDY)]
         if not own_data:
             table = write_random_study(Path(folder), settings.image_sizes(), settings.batch_size + 1)
             folders += [f"--cache_dir={folder}/cache", f"--data_root={table}"]
-        case = ["--case", *map(str, (stage, warmup, steps)), *options, *NOTHING_BUT_STEPS]
+        case = ["--case", *map(str, (stage, warmup, steps)), *options, *more]
         done = subprocess.run([sys.executable, *launcher, "-m", module, *case, *folders],
                               capture_output=True, text=True, timeout=timeout)
     if done.returncode:

@@ -52,8 +52,9 @@ def check_study(opt) -> bool:
         try:
             used, roles, warnings = split_study(opt, pairs)
             problems += warnings + [
-                Problem(used[i].name, f"has no {' and no '.join(readings.keys() - used[i].files)}, so it is trained on "
-                        "but never tested", 'opt.incomplete = "leave_out" leaves it out', used[i].name, fatal=False)
+                Problem(used[i].name, f"has no {', '.join(readings.keys() - used[i].files)}, so it is only in the mean "
+                        "volumes, and a target of stage 2", "if there is such a file, give it the same subject and "
+                        'session; opt.incomplete = "leave_out" leaves the visit out', used[i].name, fatal=False)
                 for i in roles.get("incomplete", [])]
             groups_to_learn(opt, used, roles)
         except DataError as error:

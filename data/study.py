@@ -1,5 +1,6 @@
 """A study ready for training: its pairs, decoded once, normalised to [-1, 1] and split by subject."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ from data.cache import Reading, cached_volume, doubts, identical_scans, load_vol
 from data.demo import COMPLETE, DEMO_ROOT, write_demo
 from data.grids import spacing_of
 from data.pairs import Pair, find_pairs
-from data.problems import Problem, print_notes, raise_if_fatal
+from data.problems import DataError, Problem, print_notes, raise_if_fatal
 from data.split import add_incomplete, split_subjects
 from utils.device import to_device
 from utils.errors import UserError
@@ -46,8 +47,7 @@ class Study:
             for modality in readings.keys() - pair.files:
                 for each in (self._files, self.ranges, self.affines):
                     each[modality].append(None)
-            for modality, reading in alignment.readings(readings, pair.files).items():
-                file, metadata = cached_volume(pair.files[modality], reading, cache_dir)
+            for modality, (file, metadata) in _decode(pair, readings, alignment, cache_dir).items():
                 self._files[modality].append(file)
                 self.ranges[modality].append((metadata["low"], metadata["high"]))
                 self.affines[modality].append(np.array(metadata["affine"]))
@@ -93,7 +93,8 @@ class Study:
             in_mni = opt.space == "mni" or (opt.space == "auto" and pair.in_mni)
             source = "the ROIs" if len(centres) and in_mni else ""
             if opt.pattern_file:
-                source = str(pair.file_of(opt.pattern_file))
+                labels = pair.file_of(opt.pattern_file)  # often made from the scan that an incomplete visit lacks
+                source = str(labels) if pair.is_complete or labels.exists() else ""
             self.has_pattern[i] = bool(source)
             for modality in self.modalities:
                 self._masks[modality].append(mask_for(modality, i, source if modality in pair.files else ""))
@@ -176,6 +177,18 @@ class Study:
         return tuple(np.median([self.ranges[modality][i] for i in self.roles["train"]], axis=0).tolist())
 
 
+def _decode(pair: Pair, readings: dict[str, Reading], alignment: Alignment, cache_dir: Path) -> dict:
+    """modality -> cache file and metadata of each scan. Raises DataError, which says how to go on without the visit."""
+    try:
+        return {modality: cached_volume(pair.files[modality], reading, cache_dir)
+                for modality, reading in alignment.readings(readings, pair.files).items()}
+    except DataError as error:
+        if pair.is_complete:
+            raise
+        raise DataError(*(dataclasses.replace(problem, remedy=f'{problem.remedy}; or opt.incomplete = "leave_out"')
+                          for problem in error.problems)) from error
+
+
 def steps_per_epoch(positions: list[int], batch_size: int) -> int:
     return math.ceil(len(positions) / batch_size)
 
@@ -224,7 +237,7 @@ def read_study(opt) -> Study:
     scored = [pairs[i] for i in roles["test"] if opt.refine]
     print_notes(warnings + left_out + study.problems + empty_regions(opt, scored))
     study.set_pattern(opt)
-    if opt.pattern_weight and not all(study.has_pattern):
+    if opt.pattern_weight and not opt.pattern_file and not all(study.has_pattern):
         print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs are not known to be in MNI space, as the "
               "ROIs are: all their voxels have the same weight in the loss. Set opt.space = \"mni\" if they are in it, "
               "or opt.pattern_file to a label image of your own")

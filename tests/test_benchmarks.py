@@ -290,7 +290,7 @@ def test_few_pairs_takes_scans_away_and_compares_by_subject(grouped, tmp_path, m
     assert printed.count("| 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.000") == 2 * 2 * 2
     assert printed.count("| 22.00 | 0.500 |  |  |") == 4 and (tmp_path / "curves.png").exists()
     monkeypatch.setattr("sys.argv", [*sys.argv[:4], "4", *sys.argv[6:]])
-    with pytest.raises(SystemExit, match="--pairs 4: the study has 3 training pairs"):
+    with pytest.raises(SystemExit, match="--pairs 4: the study has 3 training subjects"):
         few_pairs.main()
 
 

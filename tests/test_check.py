@@ -56,7 +56,7 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
               "every voxel is 3": (VOXELS, np.full(12 * 13 * 11, 3, "<f4").tobytes())}
     faults = [*DAMAGED.values(), *((lambda good, field=field: with_header(good, field), what)
                                    for what, field in (warnings | errors).items())]
-    expected = {missing.name[:6]: "has no fmri, so it is trained on", copy.name[:6]: "holds the same scan as"}
+    expected = {missing.name[:6]: "has no fmri, so it is only in the mean", copy.name[:6]: "holds the same scan as"}
     for path, (damage, what) in zip(others, faults):
         path.write_bytes(damage(path.read_bytes()))
         expected[path.name[:6]] = what

@@ -76,18 +76,15 @@ def test_the_default_stage_2_starts_alike_on_two_ranks(pairs, both, tmp_path):
     assert len(one) == 2 and one[0] == pytest.approx(two[0], rel=1e-5) and one[1] == pytest.approx(two[1], rel=0.02)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "refine"])
-def test_two_ranks_have_the_curve_of_one_with_incomplete_visits(incomplete_csv, tmp_path, stage):
-    """Steps have an odd number of jobs, or none for a target; and sources are synthesised in stage 2."""
+def test_two_ranks_have_the_curve_of_one_with_incomplete_visits(incomplete_csv, tmp_path):
+    """Steps have an odd number of jobs, and sources are synthesised, in stage 2."""
     words = ["--batch_size", "2", "--optimiser", "adam", "--refine_optimiser", "adam", "--max_steps", "6"]
-    backbone = []
-    if stage == "refine":
-        assert main.main(arguments(incomplete_csv, tmp_path / "1", *words)) == 0
-        backbone = ["--refine", "--resume_path", str(tmp_path / "1/checkpoints/best_model.pth")]
-    assert main.main(arguments(incomplete_csv, tmp_path / "1", *words, *backbone)) == 0
-    done = run_ranks(*arguments(incomplete_csv, tmp_path / "2", *words, *backbone))
+    assert main.main(arguments(incomplete_csv, tmp_path / "1", *words)) == 0
+    words += ["--refine", "--resume_path", str(tmp_path / "1/checkpoints/best_model.pth")]
+    assert main.main(arguments(incomplete_csv, tmp_path / "1", *words)) == 0
+    done = run_ranks(*arguments(incomplete_csv, tmp_path / "2", *words))
     assert [rank.returncode for rank in done] == [0, 0], done
-    one, two = ([float(row["loss"]) for row in read_csv(tmp_path / ranks / "results" / stage / "log.csv")
+    one, two = ([float(row["loss"]) for row in read_csv(tmp_path / ranks / "results/refine/log.csv")
                  if row["kind"] == "training"] for ranks in "12")
     assert len(one) == 6 and two == pytest.approx(one, abs=1e-4)
 

@@ -110,6 +110,22 @@ def test_muon_takes_the_steps_of_torch():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)  # equal on most processors; a step has length 0.02
 
 
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_weights_without_a_gradient_stay_and_their_momenta_too(kind):
+    """Where no visit of a batch has a modality, the network that makes it learns nothing, though it has before."""
+    torch.manual_seed(0)
+    network = randomised(DualModalUNet(SIZES, CONFIG), 0.05)
+    optimiser = Optimiser(network, 1e-3, 1, 10, 1.0, kind)
+    for targets in (("a", "b"), ("b",)):
+        before, state = copy.deepcopy((network.state_dict(), optimiser.state_dict()))
+        step(optimiser, sum(output.square().mean() for output in network(noise(), T5, targets).values()))
+    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all("to_b." in name for name in moved)
+    same = [all(torch.equal(mine[key], theirs[key]) for key in mine) for part in ("adam", "muon")
+            for mine, theirs in zip(state[part], optimiser.state_dict()[part])]
+    assert same.count(True) == same.count(False) > 20
+
+
 def test_orthogonalised_matrices_have_singular_values_of_about_one():
     for shape in ((5, 8, 20), (1, 9, 9)):
         matrices = torch.randn(shape).bfloat16()

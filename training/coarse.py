@@ -63,8 +63,8 @@ class CoarseVolumes:
 
     def _missing(self) -> list[list[int]]:
         """Batches of pairs, which do not depend on what is on disk."""
-        pairs, size = range(len(self.study.pairs)), self.opt.batch_size
-        batches = [list(pairs[start:start + size]) for start in pairs[::size]]
+        pairs, size = [i for i, pair in enumerate(self.study.pairs) if pair.is_complete], self.opt.batch_size
+        batches = [pairs[start:start + size] for start in range(0, len(pairs), size)]
         return [batch for batch in batches
                 if not all(self._is_complete(target, i) for target in self.study.modalities for i in batch)]
 

@@ -136,7 +136,7 @@ def fit(stage: Stage) -> bool:
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
     if only_in_means := {*study.trained_on} - {*members}:
-        print(f"note: {len(only_in_means)} visits with one scan are in the mean volumes only: stage 2 is trained on "
+        print(f"note: visits with one scan ({len(only_in_means)}) are in the mean volumes only: stage 2 is trained on "
               'them, with opt.coarse = "expected"')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
                      {"model": stage.network, "ema": ema, "optimiser": optimiser},
@@ -211,7 +211,8 @@ def fit(stage: Stage) -> bool:
 
             # ---- One step: load, forward, loss, backward, optimiser. On a GPU, nothing here waits for it
             batch, loaded = next(steps)
-            torch.backends.cudnn.benchmark = len(batch) == opt.batch_size and world_size() == 1  # of one shape
+            jobs = sum(len(places) for (_, places, _), _ in loaded)
+            torch.backends.cudnn.benchmark = jobs == 2 * opt.batch_size and world_size() == 1  # of one shape
             torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, run.step, rank()).initial_seed())  # dropout
             sums = {}  # of this rank: the loss and its terms
             for number, (micro_batch, data) in enumerate(loaded, start=1):

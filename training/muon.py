@@ -50,9 +50,12 @@ class Muon:
                 start = end
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], rate: float, ok: Tensor) -> None:
-        """Take a step, or none, and leave the momenta, where `ok` is False: a tensor, for which nothing waits."""
-        torch._foreach_copy_(self._gradients, gradients)
+    def step(self, gradients: list[Tensor | None], rate: float, ok: Tensor) -> None:
+        """Take a step, or none, and leave the momenta, where `ok` is False: a tensor, for which nothing waits. Neither
+        for a matrix without a gradient, as torch.optim does."""
+        there = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        torch._foreach_copy_(self._gradients, [momentum if gradient is None else gradient
+                                               for gradient, momentum in zip(gradients, self.momenta)])
         torch.where(ok, self._gradient, self._momentum, out=self._gradient)  # finite
         self._momentum.lerp_(self._gradient, 1 - MOMENTUM)
         self._gradient.lerp_(self._momentum, MOMENTUM)
@@ -61,10 +64,11 @@ class Muon:
             orthogonalise_(group)
         torch._foreach_copy_(self._of_shapes, self._padded)
         self._gradient.mul_(ok)
-        torch._foreach_mul_(self.matrices, 1 - rate * self.weight_decay * ok)
+        torch._foreach_mul_([self.matrices[place] for place in there], 1 - rate * self.weight_decay * ok)
         for scale, places in self._by_scale.items():
-            torch._foreach_add_([self.matrices[place] for place in places],
-                                [self._gradients[place] for place in places], alpha=-rate * scale)
+            if moved := sorted({*places} & {*there}):
+                torch._foreach_add_([self.matrices[place] for place in moved],
+                                    [self._gradients[place] for place in moved], alpha=-rate * scale)
 
 
 def orthogonalise_(matrices: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ class Optimiser:
         self.adam.found_inf, self.adam.param_groups[0]["lr"] = skip, rate
         self.adam.step()
         if self.muon:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.hidden]
-            self.muon.step(list(map(as_matrix, gradients, self.hidden)), MUON_RATE * rate, ok)
+            gradients = [None if p.grad is None else as_matrix(p.grad, p) for p in self.hidden]
+            self.muon.step(gradients, MUON_RATE * rate, ok)
         if self.float16:
             overflow = (loss.abs() < math.inf) & ~ok  # a loss that is not finite says nothing about the scale
             torch._amp_update_scale_(self.loss_scale, self.since_overflow, overflow.float(), 2.0, 0.5,

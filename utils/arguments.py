@@ -20,14 +20,16 @@ def comments(settings: type) -> dict[str, tuple[str, str]]:
     return texts
 
 
-def parse_arguments(opt, presets: dict[str, Callable], argv: list[str], description: str):
-    """The settings of one run: a preset, overridden by the edits in opt.py (`opt`), overridden by the command line."""
+def parse_arguments(opt, presets: dict[str, Callable], argv: list[str], description: str,
+                    first: tuple[str, ...] = ()):
+    """The settings of one run: a preset, overridden by the edits in opt.py (`opt`), overridden by the command line.
+    first: the settings that --help shows first."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--setting value ...]", description=description,
                                      allow_abbrev=False)
     parser.add_argument("--preset", choices=list(presets), help="start from this preset instead of the one in opt.py")
     hints, groups = typing.get_type_hints(type(opt)), {"": parser.add_argument_group("What people change first")}
     for name, (heading, text) in comments(type(opt)).items():
-        heading = "" if name in opt.FIRST else f"Advanced: {heading}"
+        heading = "" if name in first else f"Advanced: {heading}"
         groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
         help_text = f"{text} [{shown(getattr(opt, name))}]".replace("%", "%%")
         groups[heading].add_argument(f"--{name}", default=argparse.SUPPRESS, help=help_text, **_keywords(hints[name]))
