@@ -63,6 +63,14 @@ def test_the_scan_that_a_visit_lacks_is_unknown_everywhere(incomplete_csv, tmp_p
     assert without.split_fingerprint != study.split_fingerprint and without.fingerprint != study.fingerprint
 
 
+def test_a_single_scan_that_cannot_be_used_is_refused_with_the_way_out(tmp_path):
+    table = write_pairs(tmp_path / "s", incomplete=1)
+    (table.parent / "sub-07_space-MNI_dmri.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(DataError, match='sub-07_space-MNI_dmri.*; or opt.incomplete = "leave_out"'):
+        read_study(options(table, tmp_path))
+    assert len(read_study(options(table, tmp_path, incomplete="leave_out")).pairs) == 6
+
+
 def test_pattern_masks_need_mni_space(study, study_csv, tmp_path):
     mask, fingerprint = study.masks([0, 1])["dmri"], study.pattern_fingerprint()
     assert set(mask.unique().tolist()) == {0, 1} and mask.shape == (2, 1, *SIZES["dmri"])
@@ -75,10 +83,10 @@ def test_pattern_masks_need_mni_space(study, study_csv, tmp_path):
 
 
 def test_each_subject_may_have_its_own_label_image(tmp_path):
-    table = write_pairs(tmp_path / "s", name="{}_{}.nii.gz")
+    table = write_pairs(tmp_path / "s", name="{}_{}.nii.gz", incomplete=1)
     study = read_study(options(table, tmp_path))
     assert not any(study.has_pattern)  # not known to be in MNI space
-    for number, pair in enumerate(study.pairs):
+    for number, pair in enumerate(study.pairs[:6]):  # the last one lacks the scan that labels are made from
         labels = np.zeros(SIZES["fmri"], np.uint8)
         labels[number:number + 2] = 1
         save(tmp_path / f"{pair.subject}_labels.nii.gz", labels, study.affines["fmri"][number])
@@ -88,6 +96,7 @@ def test_each_subject_may_have_its_own_label_image(tmp_path):
         mask = study.masks([number])["fmri"][0, 0]
         assert mask[number:number + 2].all() and mask.sum() == 2 * 13 * 11
         assert study.masks([number])["dmri"].any() and study.has_pattern[number]
+    assert not study.has_pattern[6] and not study.masks([6])["dmri"].any()
     save(tmp_path / "far.nii", np.ones((4, 4, 4), np.uint8), from_matvec(np.eye(3), [3000.0, 0, 0]))
     for file, message in (("none.nii", "no such file"), ("far.nii", "no voxel of it lies in .*far.nii")):
         with pytest.raises(UserError, match=message):
