@@ -210,24 +210,32 @@ def table(runs: list[dict]) -> str:
     lines = [f"| direction | method | seeds | {' | '.join(names)} | PDS better by, dB | PDS better by, ssim | "
              f"minutes | steps | million parameters | peak GiB |\n|{'---|' * (len(names) + 9)}"]
 
-    def by_subject(method: str, direction: str, name: str) -> np.ndarray:
+    def by_subject(method: str, direction: str, name: str) -> dict[str, dict[int, float]]:
+        """subject -> seed -> score; each seed has test subjects of its own."""
         values = {}
         for run in runs:
             for row in run["rows"]:
                 if (run["method"], row["direction"]) == (method, direction):
-                    values.setdefault(row["subject"], []).append(row[name])
-        return np.array([np.mean(values[subject]) for subject in sorted(values)])
+                    values.setdefault(row["subject"], {})[run["seed"]] = row[name]
+        return values
+
+    def gain(method: str, direction: str, name: str) -> tuple[float, float, float]:
+        """Of PDS over a method, where both have a score."""
+        mine, other = (by_subject(each, direction, name) for each in (PDS, method))
+        differences = [[mine[subject][seed] - other[subject][seed] for seed in mine[subject].keys() & seeds]
+                       for subject, seeds in other.items() if subject in mine and mine[subject].keys() & seeds]
+        return paired_gain([np.mean(each) for each in differences], np.zeros(len(differences)))
 
     methods = list(dict.fromkeys(run["method"] for run in runs))
     for direction in directions:
         for method in methods:
             own, cells = [run for run in runs if run["method"] == method], []
             for name in names:
-                cells.append(f"{np.nanmean(by_subject(method, direction, name)):.{DIGITS.get(name, 3)}f}")
+                scores = [np.mean(list(seeds.values())) for seeds in by_subject(method, direction, name).values()]
+                cells.append(f"{np.nanmean(scores):.{DIGITS.get(name, 3)}f}")
             for name, digits in (("psnr", 2), ("ssim", 3)):
-                gain = (paired_gain(by_subject(PDS, direction, name), by_subject(method, direction, name))
-                        if PDS in methods and method != PDS else None)
-                cells.append("{:+.{d}f} ({:+.{d}f} .. {:+.{d}f})".format(*gain, d=digits) if gain else "")
+                cells.append("{:+.{d}f} ({:+.{d}f} .. {:+.{d}f})".format(*gain(method, direction, name), d=digits)
+                             if PDS in methods and method != PDS else "")
             cells += [f"{np.mean([run['minutes'] for run in own]):.1f}",
                       f"{np.mean([run['steps'] for run in own]):.0f}", f"{own[0]['parameters'] / 1e6:.1f}",
                       "" if own[0]["peak_gib"] is None else f"{max(run['peak_gib'] for run in own):.1f}"]

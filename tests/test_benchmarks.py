@@ -417,6 +417,16 @@ def test_peers_learn_each_direction_and_are_compared_by_subject(grouped, tmp_pat
         peers.main()
 
 
+def test_peers_are_compared_where_both_have_a_score():
+    """Each seed has its own test subjects, and a method may have fewer seeds than PDS."""
+    runs = [{"method": method, "seed": seed, "minutes": 1.0, "steps": 1, "parameters": 10**6, "peak_gib": None,
+             "rows": [{"subject": f"{seed}{n}", "direction": "a->b", "psnr": 20 + 5 * seed + n + gain * n, "ssim": 0.5}
+                      for n in range(1, 4)]}
+            for method, seed, gain in ((peers.PDS, 0, 1), (peers.PDS, 1, 1), ("copy", 0, 0))]
+    pds, copy = ([cell.strip() for cell in line.split("|")] for line in peers.table(runs).splitlines()[2:])
+    assert pds[3:5] == ["2", "26.50"] and copy[3:5] == ["1", "22.00"] and copy[6].startswith("+2.00 (+1.")
+
+
 @pytest.mark.parametrize("method", ["residual U-Net", "DynUNet", "diffusion", "pix2pix"])
 def test_a_peer_learns_what_it_sees(grouped, method):
     """Steps on one pair lower its losses; unknown voxels take no part."""
