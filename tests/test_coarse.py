@@ -45,7 +45,8 @@ def prepare(tmp_path):
         return volumes
 
     study = SimpleNamespace(
-        pairs=[SimpleNamespace(name=name) for name in NAMES], sizes=SIZES, modalities=tuple(SIZES), fingerprint="",
+        pairs=[SimpleNamespace(name=name, is_complete=name in NAMES) for name in (*NAMES, "one scan")], sizes=SIZES,
+        modalities=tuple(SIZES), fingerprint="",
         volumes=lambda members: {modality: torch.full((len(members), 1, *size), 0.25)
                                  for modality, size in SIZES.items()})
     return build
