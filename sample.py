@@ -41,8 +41,8 @@ FIRST = ("resume_path", "data_root", "average_flips", *names_affecting("sample.p
 
 def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
     """Decode the volumes in opt.data_root. Raises UserError and Interrupted."""
-    pairs, problems = find_pairs(Path(opt.data_root), model.modalities, tuple(opt.exclude), opt.bids_suffix, True,
-                                 opt.share_scans)
+    pairs, problems = find_pairs(Path(opt.data_root), model.modalities, tuple(opt.exclude), opt.bids_suffix,
+                                 opt.share_scans, needed=0)
     notes, visits, modalities = raise_if_fatal(problems), [], " or ".join(model.modalities)
     notes += [Problem(pair.name, f"left out because it has no {modalities}", "fill in a file", fatal=False)
               for pair in pairs if not pair.files]

@@ -16,13 +16,12 @@ import json
 import shlex
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.ablation import run_main
 from benchmarks.augmentation import new_subjects
-from benchmarks.chart import save_chart
+from benchmarks.comparison import save_report
 from benchmarks.step import run_case
 from data import demo
 from data.cache import load_volume
@@ -34,7 +33,7 @@ from synthesis.model import open_model
 from training.launch import choose_device
 from utils.arguments import parse_arguments
 from utils.files import write_table, write_text
-from utils.metrics import METRICS, paired_gain, score
+from utils.metrics import METRICS, score
 
 REFERENCE = "regression only"
 STEPS = 16  # timed: where visits are incomplete, steps take different times
@@ -91,61 +90,15 @@ def scores(checkpoint: Path, pairs: list[Pair], settings) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: per length and arm the scores, mean over runs +- standard deviation between seeds, and the gain over
-    the regression: of both directions, paired by seed and subject, with its 95 % interval over subjects."""
-    runs = {}  # (minutes, arm) -> direction -> seed -> subject -> (psnr, ssim)
-    for row in rows:
-        run = runs.setdefault((row["minutes"], row["arm"]), {}).setdefault(row["direction"], {})
-        run.setdefault(row["seed"], {})[row["subject"]] = np.array((row["psnr"], row["ssim"]))
-    directions = sorted({row["direction"] for row in rows})
-    lines = [f"| minutes | arm | {' | '.join(f'{direction}, dB / SSIM' for direction in directions)} | over the "
-             f"{REFERENCE}, dB | each seed | over the {REFERENCE}, SSIM |", f"|{'---|' * (5 + len(directions))}"]
-    for (minutes, arm), run in sorted(runs.items(), key=lambda item: (item[0][0], item[0][1] != REFERENCE)):
-        cells, reference = [f"{minutes:g}", arm], runs.get((minutes, REFERENCE), {})
-        for direction in directions:
-            each = np.array([np.mean(list(subjects.values()), axis=0) for subjects in run[direction].values()])
-            spread = each.std(axis=0, ddof=min(1, len(each) - 1))
-            psnr, ssim = (f"{mean:.{digits}f}" + (f" +- {std:.{digits}f}" if len(each) > 1 else "")
-                          for mean, std, digits in zip(each.mean(axis=0), spread, (2, 3)))
-            cells.append(f"{psnr} / {ssim}")
-        gains = {}  # subject -> seed -> gains of both directions
-        compared = set(run[directions[0]]) & set(reference.get(directions[0], {})) if arm != REFERENCE else set()
-        for direction, seed in itertools.product(directions, sorted(compared)):
-            for subject, values in run[direction][seed].items():
-                if subject in reference[direction].get(seed, {}):
-                    gains.setdefault(subject, {}).setdefault(seed, []).append(
-                        values - reference[direction][seed][subject])
-        if gains:
-            mean = np.array([np.mean(np.concatenate(list(each.values())), axis=0) for each in gains.values()])
-            by_seed = [np.concatenate([each[seed] for each in gains.values() if seed in each])[:, 0].mean()
-                       for seed in sorted(compared)]
-            psnr_gain, ssim_gain = (paired_gain(column, np.zeros(len(column))) for column in mean.T)
-            cells += ["{:+.2f} ({:+.2f} .. {:+.2f})".format(*psnr_gain),
-                      ", ".join(f"{gain:+.2f}" for gain in by_seed),
-                      "{:+.4f} ({:+.4f} .. {:+.4f})".format(*ssim_gain)]
-        lines.append(f"| {' | '.join(cells + [''] * (5 + len(directions) - len(cells)))} |")
-    return "\n".join(lines)
-
-
-def curves(rows: list[dict]) -> dict[str, np.ndarray]:
-    """arm -> points (lengths, 2): minutes, mean PSNR."""
-    found = {}
-    for row in rows:
-        found.setdefault(row["arm"], {}).setdefault(row["minutes"], []).append(row["psnr"])
-    return {arm: np.array(sorted((minutes, np.mean(values)) for minutes, values in lengths.items()))
-            for arm, lengths in found.items()}
-
-
 def pairs_of(role: str, settings) -> list[Pair]:
     study = read_study(settings)
     return [study.pairs[i] for i in study.roles[role]]
 
 
 def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new: list[Pair],
-            role: str = "test") -> list[dict]:
-    """Train and score all arms; returns the rows of scores.csv. new: pairs to score on; without any, those of this role
-    in each seed's split."""
+            role: str = "test") -> Iterator[list[dict]]:
+    """Train and score the arms one by one; yields all rows of scores.csv so far. new: pairs to score on; without any,
+    those of this role in each seed's split."""
     rows, own.out = [], own.out.resolve()
     path = own.out / "plan.json"
     options = {arm: base + shlex.split(words) for arm, words in arms.items()}
@@ -167,11 +120,7 @@ def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new:
             rows += [{**row, **run, "psnr": float(row["psnr"]), "ssim": float(row["ssim"])}
                      for row in csv.DictReader(file)]
         write_table(own.out / "scores.csv", COLUMNS, rows)
-        write_text(own.out / "table.md", table(rows) + "\n")
-        save_chart(own.out / "curves.png", curves(rows), "minutes of training, both stages together",
-                   f"PSNR (dB) on {len(new) or f'the {role}'} subjects, mean of both directions")
-    print(table(rows))
-    return rows
+        yield rows
 
 
 def main() -> None:
@@ -186,11 +135,11 @@ def main() -> None:
     if not set(own.arms or ()) <= set(known):
         parser.error(f"--arms: choose from {', '.join(known)}")
     arms, settings = {name: known[name] for name in own.arms or known}, parse_arguments(opt, PRESETS, base, "")
-    if settings.data_root == demo.DEMO_ROOT:
-        with tempfile.TemporaryDirectory() as folder:
-            compare(own, base, arms, new_subjects(Path(folder)))
-        return
-    compare(own, base, arms, [])
+    with tempfile.TemporaryDirectory() as folder:
+        new = new_subjects(Path(folder)) if settings.data_root == demo.DEMO_ROOT else []
+        for rows in compare(own, base, arms, new):
+            text = save_report(own.out, rows, REFERENCE, "minutes", "minutes of training, both stages together")
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import equal_time
+from benchmarks.comparison import table
 from benchmarks.step import RSS_PER_GIB
 from data.augment import PairTransform, load_batch
 from data.study import Study, read_study, training_batch
@@ -51,7 +52,7 @@ from training.launch import choose_device
 from training.optimise import DECAY_FRACTION
 from utils.arguments import parse_arguments
 from utils.files import write_table, write_text
-from utils.metrics import DIGITS, paired_gain, score
+from utils.metrics import score
 
 PDS = "PDS, both stages"
 PDS_TRAINS = 0.9  # of the minutes; the rest is for start, validation and pictures
@@ -202,47 +203,6 @@ def run_pds(folder: Path, minutes: float, settings, options: list[str]) -> dict:
             "rows": rows}
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown: per direction and method the scores, mean over seeds and subjects, and how much better PDS is, by
-    subject (mean over its seeds) with a 95 % interval."""
-    names = [name for name in runs[0]["rows"][0] if name not in ("subject", "direction")]
-    directions = list(dict.fromkeys(row["direction"] for row in runs[0]["rows"]))
-    lines = [f"| direction | method | seeds | {' | '.join(names)} | PDS better by, dB | PDS better by, ssim | "
-             f"minutes | steps | million parameters | peak GiB |\n|{'---|' * (len(names) + 9)}"]
-
-    def by_subject(method: str, direction: str, name: str) -> dict[str, dict[int, float]]:
-        """subject -> seed -> score; each seed has test subjects of its own."""
-        values = {}
-        for run in runs:
-            for row in run["rows"]:
-                if (run["method"], row["direction"]) == (method, direction):
-                    values.setdefault(row["subject"], {})[run["seed"]] = row[name]
-        return values
-
-    def gain(method: str, direction: str, name: str) -> tuple[float, float, float]:
-        """Of PDS over a method, where both have a score."""
-        mine, other = (by_subject(each, direction, name) for each in (PDS, method))
-        differences = [[mine[subject][seed] - other[subject][seed] for seed in mine[subject].keys() & seeds]
-                       for subject, seeds in other.items() if subject in mine and mine[subject].keys() & seeds]
-        return paired_gain([np.mean(each) for each in differences], np.zeros(len(differences)))
-
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    for direction in directions:
-        for method in methods:
-            own, cells = [run for run in runs if run["method"] == method], []
-            for name in names:
-                scores = [np.mean(list(seeds.values())) for seeds in by_subject(method, direction, name).values()]
-                cells.append(f"{np.nanmean(scores):.{DIGITS.get(name, 3)}f}")
-            for name, digits in (("psnr", 2), ("ssim", 3)):
-                cells.append("{:+.{d}f} ({:+.{d}f} .. {:+.{d}f})".format(*gain(method, direction, name), d=digits)
-                             if PDS in methods and method != PDS else "")
-            cells += [f"{np.mean([run['minutes'] for run in own]):.1f}",
-                      f"{np.mean([run['steps'] for run in own]):.0f}", f"{own[0]['parameters'] / 1e6:.1f}",
-                      "" if own[0]["peak_gib"] is None else f"{max(run['peak_gib'] for run in own):.1f}"]
-            lines.append(f"| {direction} | {method} | {len(own)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--minutes", type=float, required=True, help="of training, both directions together")
@@ -252,7 +212,7 @@ def main() -> None:
     parser.add_argument("--search_minutes", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=Path("results/peers"))
     own, options = parser.parse_known_args()
-    own.out, runs = own.out.resolve(), []
+    own.out, rows, text = own.out.resolve(), [], ""
 
     def kept(name: str, words: list[str], make: Callable[[list[str]], dict]) -> dict:
         """A run from its file, or else made and written there."""
@@ -288,11 +248,13 @@ def main() -> None:
                                 train(method, rate, own.search_minutes, "validation")) for rate in own.rates}
             best = max(found, key=lambda rate: np.mean([row["psnr"] for row in found[rate]["rows"]]))
             run = kept(name, words, train(method, best, own.minutes, "test"))
-        runs.append({"method": method, "seed": seed, **run})
-        rows = [{"method": run["method"], "seed": run["seed"], **row} for run in runs for row in run["rows"]]
+        costs = {**{name: run[name] for name in ("minutes", "steps", "peak_gib")}, "weights": run["parameters"] or None}
+        rows += [{"method": method, "seed": seed, **row, **costs} for row in run["rows"]]
         write_table(own.out / "scores.csv", tuple(rows[0]), rows, ".5f")
-        write_text(own.out / "table.md", table(runs))
-    print(table(runs), end="")
+        names = tuple(name for name in run["rows"][0] if name not in ("subject", "direction"))
+        text = table(rows, "method", PDS, scores=names, costs={"minutes": 1, "steps": 0, "weights": 0, "peak_gib": 1})
+        write_text(own.out / "table.md", text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -76,19 +76,19 @@ def described(visits: list[Pair]) -> str:
 
 
 def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str, ...] = (),
-               suffixes: dict[str, str] | None = None, partial: bool = False, share_scans: bool = False,
-               incomplete: bool = False) -> tuple[list[Pair], list[Problem]]:
+               suffixes: dict[str, str] | None = None, share_scans: bool = False,
+               needed: int = 2) -> tuple[list[Pair], list[Problem]]:
     """Return the pairs of a study, sorted by name, and all problems found.
 
     data_root, exclude, suffixes, share_scans: as in opt.py (suffixes: opt.bids_suffix).
-    incomplete: also return visits that lack a modality, after all others; otherwise each of them is a problem, which is
-    not fatal. partial: also those that lack both, and a table may have one column only.
+    needed: of the two scans of a visit; each visit that has fewer is a problem, which is not fatal. Where none is
+    needed, a table may have one column only.
     """
     try:
         if os.path.isdir(data_root):
             visits, problems = _from_bids(data_root, modalities, BIDS_SUFFIX | (suffixes or {}), share_scans)
         else:
-            visits, problems = _from_table(data_root, modalities, partial)
+            visits, problems = _from_table(data_root, modalities, needed)
     except DataError as error:
         return [], list(error.problems)
     known = {visit.name for visit in visits} | {visit.person for visit in visits} | {
@@ -98,21 +98,17 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     excluded = {*exclude, *(_canonical(label, "sub") for label in exclude)}
     visits = sorted((visit for visit in visits if not {visit.name, visit.person} & excluded),
                     key=lambda visit: visit.name)
-    pairs = [visit for visit in visits if partial or len(visit.files) == len(modalities)]
-    if incomplete:
-        pairs += [visit for visit in visits if len(visit.files) == 1]
+    pairs = [visit for visit in visits if len(visit.files) >= needed]
     problems = [problem for problem in problems
                 if not {problem.subject, _canonical(problem.subject, "sub")} & excluded] + _conflicts(pairs)
-    if partial:
-        return pairs, problems
     for visit in visits:
-        missing = [modality for modality in modalities if modality not in visit.files]
-        if missing and not (incomplete and visit.files):
+        if len(visit.files) < needed:
+            missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
             found = ", ".join(f"its {modality} is {file}" for modality, file in visit.files.items()) or "it has nothing"
-            problems.append(Problem(visit.name, f"left out because it has no {' and no '.join(missing)} ({found})",
+            problems.append(Problem(visit.name, f"left out because it has no {missing} ({found})",
                                     "if there is such a file, give it the same subject and session", visit.name,
                                     fatal=False))
-    if not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
+    if needed and not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))
     return pairs, problems
@@ -190,9 +186,9 @@ def _header(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _from_table(table: Path, modalities: tuple[str, str], partial: bool) -> tuple[list[Pair], list[Problem]]:
+def _from_table(table: Path, modalities: tuple[str, str], scans: int) -> tuple[list[Pair], list[Problem]]:
     columns, rows = _read_table(table, "subject", ",\t;")
-    needed = ["subject", *([name for name in modalities if partial and name in columns] or modalities)]
+    needed = ["subject", *([name for name in modalities if not scans and name in columns] or modalities)]
     if wrong := [name for name in ("subject", *modalities, "session", "group", "fold")
                  if columns.count(name) > 1 or (name in needed and name not in columns)]:
         raise DataError(Problem(str(table), f"needs one column {', '.join(wrong)}; it has {', '.join(columns)}",

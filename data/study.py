@@ -56,10 +56,9 @@ class Study:
                 data_hash.update(f"{pair.name} {modality} {metadata['content']} {affine.tolist()}".encode())
                 self.problems += doubts(pair, modality, metadata["doubts"])
         raise_if_fatal(identical_scans(scans))
-        self.fingerprint = data_hash.hexdigest()
         self.split = {role: [pairs[i].name for i in members] for role, members in roles.items()}
-        self.split_fingerprint = hashlib.sha256(json.dumps(self.split).encode()).hexdigest()
-        self.identity = {"data": self.fingerprint, "split": self.split_fingerprint}
+        split_hash = hashlib.sha256(json.dumps(self.split).encode())
+        self.identity = {"data": data_hash.hexdigest(), "split": split_hash.hexdigest()}
 
     @property
     def trained_on(self) -> list[int]:
@@ -208,7 +207,7 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
         remove_temporary_files(root)  # of a process that was killed
         write_demo(root)
     pairs, problems = find_pairs(root, tuple(opt.modalities), tuple(opt.exclude), opt.bids_suffix,
-                                 share_scans=opt.share_scans, incomplete=opt.incomplete == "use")
+                                 opt.share_scans, needed=1 if opt.incomplete == "use" else 2)
     try:
         sizes = opt.image_sizes()
     except UserError as error:  # only with --check, which suggests sizes: otherwise opt.validate refuses them

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from benchmarks import (
     augmentation,
     calibration,
     chart,
+    comparison,
     cross_validate,
     equal_time,
     few_pairs,
@@ -257,24 +259,24 @@ def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, mon
     own = SimpleNamespace(minutes=[4 / 60], seeds=2, out=tmp_path)
     options = [word for word in grouped[0] if word != "--max_steps"][:-1]
     for _ in range(2):  # finished runs are not repeated
-        equal_time.compare(own, options, arms, [])
+        *_, found = equal_time.compare(own, options, arms, [])
     rows = read_csv(tmp_path / "scores.csv")
     assert len(calls) == 8 and len(rows) == 2 * 2 * 2 * 2  # arms, seeds, test subjects, directions
     assert {(row["arm"], row["steps_1"], row["steps_2"]) for row in rows} == {
         (equal_time.REFERENCE, "1", "4"), ("two stages", "2", "2")}
-    assert (tmp_path / "curves.png").exists() and (tmp_path / "table.md").read_text().count("\n| ") == 2
+    assert [row["seed"] for row in found] == [0] * 8 + [1] * 8
 
 
 def test_few_pairs_takes_scans_away_and_compares_by_subject(grouped, tmp_path, monkeypatch, capsys):
     roles = []
 
-    def compare(own, options, arms, new, role) -> list[dict]:
+    def compare(own, options, arms, new, role) -> Iterator[list[dict]]:
         study = read_study(settings_of(options))
         roles.append({name: [study.pairs[i].name for i in places] for name, places in study.roles.items()})
         assert role == "validation" and not new and own.minutes == [1.0]
-        return [{"arm": arm, "seed": seed, "subject": f"sub-{n}", "direction": direction, "ssim": 0.5,
-                 "psnr": 20 + n + seed + (0.4 + 0.1 * n) * (arm == few_pairs.ALL)}
-                for arm in arms for seed in (0, 1) for n in range(3) for direction in ("fmri->dmri", "dmri->fmri")]
+        yield [{"arm": arm, "seed": seed, "subject": f"sub-{n}", "direction": direction, "ssim": 0.5,
+                "psnr": 20 + n + seed + (0.4 + 0.1 * n) * (arm == few_pairs.ALL)}
+               for arm in arms for seed in (0, 1) for n in range(3) for direction in ("fmri->dmri", "dmri->fmri")]
 
     monkeypatch.setattr(equal_time, "compare", compare)
     monkeypatch.setattr("sys.argv", ["x", "--minutes", "1", "--pairs", "1", "3", "--out", str(tmp_path), *grouped[0]])
@@ -287,22 +289,25 @@ def test_few_pairs_takes_scans_away_and_compares_by_subject(grouped, tmp_path, m
     rows = read_csv(tmp_path / "1 pairs/pairs.csv")
     assert sorted(name for row in rows for name in SIZES if not row[name]) == ["dmri", "fmri"]
     printed = capsys.readouterr().out
-    assert printed.count("| 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.000") == 2 * 2 * 2
-    assert printed.count("| 22.00 | 0.500 |  |  |") == 4 and (tmp_path / "curves.png").exists()
+    assert printed.count("| 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.50, +0.50 | +0.000") == 2 * 2 * 2
+    assert printed.count("| 22.00 | 0.500 |  |  |  |") == 4 and (tmp_path / "curves.png").exists()
     monkeypatch.setattr("sys.argv", [*sys.argv[:4], "4", *sys.argv[6:]])
     with pytest.raises(SystemExit, match="--pairs 4: the study has 3 training subjects"):
         few_pairs.main()
 
 
-def test_the_table_of_equal_time_is_a_paired_gain():
-    rows = [{"arm": arm, "minutes": 6, "seed": seed, "subject": str(subject), "direction": direction,
-             "psnr": 20 + 5 * subject + gain * (1 + 0.2 * (subject - 1)) + seed, "ssim": 0.5 + gain / 100}
-            for arm, gain in ((equal_time.REFERENCE, 0), ("two stages", 0.25)) for seed in (0, 1)
-            for subject in range(3) for direction in ("a->b", "b->a")]
-    first, second = equal_time.table(rows).splitlines()[2:]
-    assert "25.50 +- 0.71 / 0.500 +- 0.000" in first and "25.75 +- 0.71" in second
-    assert "| +0.25 (+0.20 .. +0.30) | +0.25, +0.25 | +0.0025" in second
-    assert "| +0.25 |" in equal_time.table(rows[:6] + rows[12:]).splitlines()[3]  # the seed that both arms have
+def test_a_comparison_is_paired_by_subject_and_seed():
+    """Each seed has its own test subjects, and an arm may have fewer seeds than the reference."""
+    rows = [{"arm": arm, "minutes": 6, "seed": seed, "subject": f"{seed}{n}", "direction": "a->b", "weights": weights,
+             "psnr": 20 + 5 * seed + n + gain * n, "ssim": 0.5 + gain / 100}
+            for arm, seed, gain, weights in (("two", 0, 1, 100), ("two", 1, 1, 300), ("one", 0, 0, None))
+            for n in range(1, 4)]
+    header, _, two, one = (line.split(" | ") for line in comparison.table(rows, "arm", "two", "minutes",
+                                                                          costs={"weights": 0}).splitlines())
+    assert header[6:8] == ["two better by, dB", "each seed, dB"]
+    assert two[:6] == ["| 6", "a->b", "two", "2", "26.50", "0.510"] and two[-1] == "200 |"
+    assert one[3:5] == ["1", "22.00"] and one[6].startswith("+2.00 (+1.") and one[7] == "+2.00"
+    assert one[8].startswith("+0.010 (") and one[-1] == " |"
 
 
 def test_a_chart_has_round_ticks_that_include_all_points(tmp_path):
@@ -415,16 +420,6 @@ def test_peers_learn_each_direction_and_are_compared_by_subject(grouped, tmp_pat
     with pytest.raises(SystemExit, match="has other options"):
         monkeypatch.setattr("sys.argv", [*sys.argv, "--loss", "l1"])
         peers.main()
-
-
-def test_peers_are_compared_where_both_have_a_score():
-    """Each seed has its own test subjects, and a method may have fewer seeds than PDS."""
-    runs = [{"method": method, "seed": seed, "minutes": 1.0, "steps": 1, "parameters": 10**6, "peak_gib": None,
-             "rows": [{"subject": f"{seed}{n}", "direction": "a->b", "psnr": 20 + 5 * seed + n + gain * n, "ssim": 0.5}
-                      for n in range(1, 4)]}
-            for method, seed, gain in ((peers.PDS, 0, 1), (peers.PDS, 1, 1), ("copy", 0, 0))]
-    pds, copy = ([cell.strip() for cell in line.split("|")] for line in peers.table(runs).splitlines()[2:])
-    assert pds[3:5] == ["2", "26.50"] and copy[3:5] == ["1", "22.00"] and copy[6].startswith("+2.00 (+1.")
 
 
 @pytest.mark.parametrize("method", ["residual U-Net", "DynUNet", "diffusion", "pix2pix"])

@@ -70,7 +70,7 @@ def test_s2_words_for_missing_mean_missing_in_every_column(tmp_path, word):
         rows = [["subject", "session", "group", "fold", "fmri", "dmri"], ["1", word, word, word, "a", "b"],
                 ["2", "1", "AD", "", "c", word], [word, "", "", "", "d", "e"]]
         table = write(tmp_path, "\n".join(map(delimiter.join, rows)))
-        pairs, problems = find_pairs(table, BOTH, partial=True)
+        pairs, problems = find_pairs(table, BOTH, needed=0)
         assert [(pair.name, pair.group, pair.fold, [*pair.files]) for pair in pairs] == [
             ("sub-1", "", None, ["fmri", "dmri"]), ("sub-2_ses-1", "AD", None, ["fmri"])]
         assert [problem.what for problem in problems] == ["left out because it names no subject"]

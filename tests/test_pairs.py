@@ -66,16 +66,16 @@ def test_a_visit_without_one_modality_is_listed_and_left_out(tree, tmp_path):
     assert len(pairs) == 1 and not any(problem.fatal for problem in problems)
     assert {problem.where for problem in problems} == {"sub-2", f"{tmp_path}/pairs.csv line 4"}
     for root, complete, where in ((tree, 2, []), (table, 1, [f"{tmp_path}/pairs.csv line 4"])):
-        visits, problems = find_pairs(root, BOTH, incomplete=True)
+        visits, problems = find_pairs(root, BOTH, needed=1)
         assert [visit.is_complete for visit in visits] == [True] * complete + [False]
         assert [problem.where for problem in problems] == where
     assert "no subject has both" in str(find_pairs(write(tmp_path, "subject,fmri,dmri\n1,a,\n"), BOTH,
-                                                   incomplete=True)[1][0])
+                                                   needed=1)[1][0])
     assert "needs one column dmri" in str(find_pairs(write(tmp_path, "subject,fmri\n1,a\n"), BOTH,
-                                                     incomplete=True)[1][0])
+                                                     needed=1)[1][0])
     table = write(tmp_path, "subject,fmri,dmri\n1,a,b\n2,c,\n,d,e\n")
-    assert len(find_pairs(tree, BOTH, partial=True)[0]) == 3 and len(find_pairs(table, BOTH, partial=True)[0]) == 2
-    assert len(find_pairs(write(tmp_path, "subject,fmri\n1,a\n"), BOTH, partial=True)[0]) == 1
+    assert len(find_pairs(tree, BOTH, needed=0)[0]) == 3 and len(find_pairs(table, BOTH, needed=0)[0]) == 2
+    assert len(find_pairs(write(tmp_path, "subject,fmri\n1,a\n"), BOTH, needed=0)[0]) == 1
 
 
 @pytest.mark.parametrize("content, message", [

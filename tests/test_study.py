@@ -60,7 +60,7 @@ def test_the_scan_that_a_visit_lacks_is_unknown_everywhere(incomplete_csv, tmp_p
     assert there == [*study.roles["train"], 7] and study.roles["incomplete"] == [6, 7, 8]
     torch.testing.assert_close(study.mean_volumes()["fmri"][0], study.volumes(there)["fmri"].mean(0), atol=1e-6, rtol=0)
     assert len(without.pairs) == 6 and without.roles == {role: study.roles[role] for role in ROLES}
-    assert without.split_fingerprint != study.split_fingerprint and without.fingerprint != study.fingerprint
+    assert all(without.identity[name] != study.identity[name] for name in ("data", "split"))
 
 
 def test_a_single_scan_that_cannot_be_used_is_refused_with_the_way_out(tmp_path):
@@ -114,7 +114,7 @@ def test_three_orientations_of_one_study_are_the_same_study(tmp_path):
     """LAS, LPS and RAS copies of all subjects: the same volumes, masks and fingerprints."""
     studies = [read_study(options(write_pairs(tmp_path / codes, codes=codes), tmp_path))
                for codes in ("RAS", "LAS", "LPS")]
-    assert len({(study.fingerprint, study.split_fingerprint, study.pattern_fingerprint()) for study in studies}) == 1
+    assert len({(*study.identity.values(), study.pattern_fingerprint()) for study in studies}) == 1
 
 
 def test_all_warnings_are_printed_and_pairs_left_out(tmp_path, capsys):

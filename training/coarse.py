@@ -30,7 +30,7 @@ class CoarseVolumes:
         self.sampling = Sampling(opt.sampler, opt.sampling_steps, opt.eta)
         times = timestep_spacing(prior.diffusion.timesteps, opt.sampling_steps, opt.sampler)
         key = (prior_hash, prior.diffusion.prediction, prior.coupling, self.sampling, times, opt.seed, prior.dtype,
-               opt.batch_size, study.fingerprint)
+               opt.batch_size, study.identity["data"])
         self.folder = Path(opt.cache_dir) / "coarse" / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
 
     def volumes(self, target: str, members: list[int]) -> torch.Tensor:

@@ -53,7 +53,6 @@ class Muon:
     def step(self, gradients: list[Tensor | None], rate: float, ok: Tensor) -> None:
         """Take a step, or none, and leave the momenta, where `ok` is False: a tensor, for which nothing waits. Neither
         for a matrix without a gradient, as torch.optim does."""
-        there = [place for place, gradient in enumerate(gradients) if gradient is not None]
         torch._foreach_copy_(self._gradients, [momentum if gradient is None else gradient
                                                for gradient, momentum in zip(gradients, self.momenta)])
         torch.where(ok, self._gradient, self._momentum, out=self._gradient)  # finite
@@ -64,9 +63,10 @@ class Muon:
             orthogonalise_(group)
         torch._foreach_copy_(self._of_shapes, self._padded)
         self._gradient.mul_(ok)
-        torch._foreach_mul_([self.matrices[place] for place in there], 1 - rate * self.weight_decay * ok)
+        torch._foreach_mul_([matrix for matrix, gradient in zip(self.matrices, gradients) if gradient is not None],
+                            1 - rate * self.weight_decay * ok)
         for scale, places in self._by_scale.items():
-            if moved := sorted({*places} & {*there}):
+            if moved := [place for place in places if gradients[place] is not None]:
                 torch._foreach_add_([self.matrices[place] for place in moved],
                                     [self._gradients[place] for place in moved], alpha=-rate * scale)
 
