@@ -13,8 +13,8 @@ from utils.figures import Panel, save_grid
 from utils.files import write_table, write_text
 from utils.metrics import quality, summary, write_metrics
 
-VISITS_SHOWN = 6
-COLUMNS = ("source", "synthesised", "truth", "difference", "deviation")
+VISITS_SHOWN = 12
+KINDS = ("real", "synthesised", "difference", "deviation")  # of a modality's panels
 
 
 def write_scores(folder: Path) -> None:
@@ -39,28 +39,29 @@ def write_pair_tables(folder: Path, modalities: tuple[str, str]) -> None:
 
 
 def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[float, float]]) -> None:
-    """Save synthesis.png with some of the visits or new pairs, one row per volume. Raises UserError."""
+    """Save synthesis.png with some of the visits or new pairs, one row each. Raises UserError."""
     shown, rows = sorted({round(position) for position in np.linspace(0, len(visits) - 1, VISITS_SHOWN)}), []
-    volumes = [(*visits[position], source, target) for position in shown for source in visits[position][1] or ("",)
-               for target in ranges if target != source]
-    for pair, scans, source, target in volumes:
-        file, std, (low, high) = *(volume_path(folder, pair, target, kind) for kind in ("synth", "std")), ranges[target]
-        scan, scores, panels = read_volume(file, "first"), scores_in(read_sidecar(file)), {}
-        size, affine = scan.voxels.shape, scan.affine
-        for column, modality in (("source", source), ("truth", target)):
-            if modality in scans:
-                cached, metadata = scans[modality]
-                panels[column] = Panel(load_volume(cached), spacing_of(np.array(metadata["affine"])))
-        if "truth" in panels:  # all on its grid
-            size, affine = panels["truth"].volume.shape, np.array(scans[target][1]["affine"])
-        volume, spacing = scale(on_grid(scan, size, affine), low, high), spacing_of(affine)
-        panels["synthesised"] = Panel(volume, spacing, quality(scores["volume"]) if scores else "")
-        if "truth" in panels:
-            panels["difference"] = Panel(volume - panels["truth"].volume, spacing, kind="difference")
-        if std.exists():
-            deviation = on_grid(read_volume(std, "first"), size, affine) * 2 / (high - low)
-            panels["deviation"] = Panel(deviation, spacing, kind="deviation")
-        rows.append((f"{pair.name}\n{source}{' -> ' * bool(source)}{target}\n{pair.group}", panels))
-    columns = [column for column in COLUMNS if any(column in panels for _, panels in rows)]
-    save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)} visits", columns,
+    for pair, scans in (visits[position] for position in shown):
+        panels = {(modality, "real"): Panel(load_volume(file), spacing_of(np.array(metadata["affine"])))
+                  for modality, (file, metadata) in scans.items()}
+        for target, (low, high) in ranges.items():
+            if scans and not scans.keys() - {target}:
+                continue  # it has no source
+            file, std = (volume_path(folder, pair, target, kind) for kind in ("synth", "std"))
+            scan, scores = read_volume(file, "first"), scores_in(read_sidecar(file))
+            size, affine, truth = scan.voxels.shape, scan.affine, panels.get((target, "real"))
+            if truth:  # all on its grid
+                size, affine = truth.volume.shape, np.array(scans[target][1]["affine"])
+            volume, spacing = scale(on_grid(scan, size, affine), low, high), spacing_of(affine)
+            panels[target, "synthesised"] = Panel(volume, spacing, quality(scores["volume"]) if scores else "")
+            if truth:
+                panels[target, "difference"] = Panel(volume - truth.volume, spacing, kind="difference")
+            if std.exists():
+                deviation = on_grid(read_volume(std, "first"), size, affine) * 2 / (high - low)
+                panels[target, "deviation"] = Panel(deviation, spacing, kind="deviation")
+        rows.append((f"{pair.name}\n{pair.group}", panels))
+    columns = [(modality, kind) for modality in ranges for kind in KINDS
+               if any((modality, kind) in panels for _, panels in rows)]
+    save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)} visits",
+              [f"{modality}: {kind}" for modality, kind in columns],
               [(label, [panels.get(column) for column in columns]) for label, panels in rows])

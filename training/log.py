@@ -22,7 +22,6 @@ from utils.errors import UserError, visible
 from utils.files import cannot_write, read_json, read_text, write_text
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "nibabel", "skimage", "tqdm", "PIL")
-CURVES = ("loss", "gradient_norm", "learning_rate", "x0_error", "psnr", "ssim")  # columns that TensorBoard shows
 
 
 class Log:
@@ -61,8 +60,8 @@ class Log:
                 file.write(",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self._show(lambda board: [board.add_scalar(f"{kind}/{name}", values[name], step)
-                                  for name in CURVES if name in values])
+        self._show(lambda board: [board.add_scalar(f"{kind}/{name}", value, step)
+                                  for name, value in values.items() if name != "epoch"])
 
     def picture(self, path: Path, step: int) -> None:
         """Show a picture in TensorBoard."""

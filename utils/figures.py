@@ -9,7 +9,7 @@ from scipy.ndimage import binary_erosion
 
 from utils.files import replace_file
 
-HEIGHT, GAP, LABEL, TEXT, BAR = 120, 4, 150, 14, 160  # pixels: tallest slice, gaps, row labels, letters, colour bars
+HEIGHT, GAP, TEXT, BAR = 120, 4, 20, 160  # pixels: tallest slice, gaps, letters, colour bars
 GREY, RED, OUTLINE = (200, 200, 200), np.array([255.0, 40, 40]), np.array([255.0, 200, 0])
 UNKNOWN = np.array([50.0, 70, 60])  # greenish grey: outside the field of view
 LARGEST = 0.5  # of [-1, 1]: the end of the colour scales of differences and deviations
@@ -76,26 +76,32 @@ def save_grid(path: Path, title: str, columns: list[str], rows: list[tuple[str, 
     """Write a PNG: title, column names, rows of (label, a panel or None per column), colour bars. Raises UserError."""
     shown = [panel for _, row in rows for panel in row if panel]
     kinds = [kind for kind in SCALES if kind != "grey" and any(panel.kind == kind for panel in shown)]
-    width = max(panel.sizes()[:, 0].sum() for panel in shown) + 4 * GAP
-    height, top = HEIGHT + TEXT + 2 * GAP, 3 * TEXT + 14
-    bottom, title = top + len(rows) * height, f"{title}. Neurological view: the subject's left is on the left"
+    title += ". Neurological view: the subject's left is on the left"
     if any(np.isnan(panel.volume).any() for panel in shown):
         title += ". Greenish: outside the scan"
     font = ImageFont.load_default(TEXT)
-    canvas = Image.new("RGB", (LABEL + GAP + max(len(columns) * int(width), int(font.getlength(title))),
+
+    def longest(texts: list[str]) -> int:
+        return int(max(font.getlength(line) for text in texts for line in text.split("\n")))
+
+    left = longest([label for label, _ in rows]) + 4 * GAP
+    width = max(longest(columns), *(panel.sizes()[:, 0].sum() for panel in shown)) + 4 * GAP
+    height, top = HEIGHT + TEXT + 2 * GAP, 3 * TEXT + 3 * GAP
+    bottom = top + len(rows) * height
+    canvas = Image.new("RGB", (max(left + len(columns) * width, longest([title]) + 2 * GAP),
                                bottom + 2 * TEXT * len(kinds)))
     draw = ImageDraw.Draw(canvas)
-    draw.text((6, 4), title, "white", font)
+    draw.text((GAP, GAP), title, "white", font)
     for column, name in enumerate(columns):
-        draw.text((LABEL + GAP + column * width, 2 * TEXT + 2), name, (255, 210, 120), font)
-    for row, (name, panels) in enumerate(rows):
-        draw.multiline_text((6, top + row * height + HEIGHT // 3), name, (160, 210, 255), font)
+        draw.text((left + column * width, TEXT + 4 * GAP), name, (255, 210, 120), font)
+    for row, (label, panels) in enumerate(rows):
+        draw.multiline_text((GAP, top + row * height + HEIGHT // 4), label, (160, 210, 255), font)
         for column, panel in enumerate(panels):
             if panel:
-                _draw(canvas, panel, LABEL + GAP + column * width, top + row * height)
+                _draw(canvas, panel, left + column * width, top + row * height)
     for row, kind in enumerate(kinds):
         (_, low, high, words), y = SCALES[kind], bottom + 2 * TEXT * row
         bar = _colour(np.linspace(low, high, BAR)[None].repeat(TEXT, axis=0), kind)
-        canvas.paste(Image.fromarray(bar.astype(np.uint8)), (LABEL, y))
-        draw.text((LABEL + BAR + 2 * GAP, y), f"{low:g} to {high:g}, of [-1, 1]: {words}", "white", font)
+        canvas.paste(Image.fromarray(bar.astype(np.uint8)), (left, y))
+        draw.text((left + BAR + 2 * GAP, y), f"{low:g} to {high:g}, of [-1, 1]: {words}", "white", font)
     replace_file(path, lambda file: canvas.save(file, format="PNG"))
