@@ -55,6 +55,7 @@ def describe(settings, study: Study, device: torch.device) -> None:
           f"data        {settings.data_root}: {described(study.pairs)}; subjects: {', '.join(subjects)}\n"
           f"sizes       {', '.join(sizes)}\n"
           f"alignment   {study.alignment}\n"
+          f"output      {settings.result_dir}, {settings.checkpoint_dir}; Ctrl-C stops, the same command resumes\n"
           f"changed     {', '.join(changed) or 'nothing: all settings have their defaults'}", flush=True)
 
 

@@ -5,8 +5,8 @@
 
 `small()` is the default and trains on a laptop's CPU; `paper()` is the published configuration (arXiv 2511.04963).
 Each setting can also be given for one run: `python main.py --refine --resume_path ./checkpoints/best_model.pth`;
-`python main.py --help` prints the comments below. A run resumes only with the settings it was started with, except
-those that affect "nothing", only the other stage, or only sample.py.
+`python main.py --help` prints the comments below. A run resumes only with the settings it was started with;
+docs/settings.md says which may change.
 """
 # ruff: noqa: RUF009 (setting() makes a dataclass field)
 
@@ -32,8 +32,9 @@ class Options(Settings):
     check: bool = setting(False, affects="nothing")  # do not train: read every volume, report all problems of the study
 
     # ---- Data
-    # a CSV/TSV file (columns: subject, one per modality; optional: session, group, fold) or a BIDS folder;
-    data_root: str = path("./data/demo")  # the default is a demo, written on first use
+    # a CSV/TSV file (columns: subject, one per modality; optional: session, group, fold) or a BIDS folder; the default
+    # is a demo, written on first use
+    data_root: str = path("./data/demo")
     modalities: tuple[str, ...] = setting(("fmri", "dmri"), affects="data")  # columns of the table, or BIDS names
     # BIDS: the end of a modality's file names before .nii.gz; * matches anything. Default: fmri=bold dmri=dwi, any
     # other modality its own name (T1w, FLAIR). Example: fmri=space-MNI152NLin2009cAsym_desc-preproc_bold
@@ -63,12 +64,12 @@ class Options(Settings):
     # Example: ("flip", "affine", "intensity"); (): none
     augment: tuple[str, ...] = setting((), choices=("flip", "affine", "intensity"))
     # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
-    # pattern-aware loss. "template": another space that all subjects share. Both have one box for all pairs
+    # pattern-aware loss. "template": another space that all subjects share. "mni", "template": one box for all
     space: Literal["auto", "mni", "template", "native"] = "auto"
     # visits that lack one modality: "use" them in mean volumes and as targets of stage 2, not in tests; or "leave_out"
     incomplete: Literal["use", "leave_out"] = setting("use", affects="data")
     cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
-    folds: int = setting(5, at_least=1, affects="data")  # folds of the subjects; 1: no test set, train on all
+    folds: int = setting(5, at_least=1, affects="data")  # of the subjects; 1: train, validate and test on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1
     # fraction of the other folds' subjects that is held out to choose the best checkpoint
     validation_fraction: float = setting(0.15, at_least=0, below=1, affects="data")
@@ -97,7 +98,8 @@ class Options(Settings):
     timestep_coupling: Literal["shared", "independent"] = setting("independent", affects="stage 1")
     prediction: Literal["epsilon", "v"] = setting("v", affects="stage 1")  # of the noise, or v (Salimans & Ho 2022)
     # also learn diagnostic groups (column group, or participants.tsv), so that sample.py can draw new pairs of each;
-    condition_on_group: bool = setting(False, affects="stage 1")  # translations do not see the group: it may be unknown
+    # translations do not see the group: it may be unknown
+    condition_on_group: bool = setting(False, affects="stage 1")
     # "dpmpp" is DPM-Solver++(2M): 12 steps are as close to the limit of many steps as 100 steps of "ddim"
     sampler: Literal["dpmpp", "ddim"] = setting("dpmpp", affects="sampling")
     sampling_steps: int = setting(12, at_least=1, affects="sampling")  # network evaluations per sample, 1 .. timesteps
@@ -108,22 +110,25 @@ class Options(Settings):
     pattern_weight: float = setting(1.0, at_least=0)  # extra weight of voxels in disease-related brain networks; 0: off
     pattern_networks: tuple[str, ...] = ("cingulo-opercular", "default", "fronto-parietal")  # of Dosenbach's 160 ROIs
     pattern_radius: float = setting(5.0, above=0)  # mm around each ROI's centre
-    # a NIfTI label image over the volumes to use instead of these ROIs, also in native space; in its path, {subject} is
-    pattern_file: str = path("")  # sub-01, {session} is 2. On resume, masks are compared
+    # a NIfTI label image over the volumes to use instead of these ROIs, also in native space; in its path, {subject}
+    # stands for sub-01, {session} for 2. The masks of a run may not change
+    pattern_file: str = path("")
     pattern_labels: tuple[int, ...] = ()  # labels of pattern_file that get the extra weight; (): all except 0
     structure_weight: float = setting(0.1, at_least=0, affects="stage 2")  # stage 2: weight of 1 - SSIM; 0: off
     # stage 2: weight of the loss on the mean projections along the three axes; 0: off
     microstructure_weight: float = setting(0.1, at_least=0, affects="stage 2")
-    # stage 2: weight of the loss on VGG16 features of these projections, if the VGG16 weights are available; 0: off.
-    perceptual_weight: float = setting(0.01, at_least=0, affects="nothing")  # On resume, their hash is compared
+    # stage 2: weight of the loss on VGG16 features of these projections, if the VGG16 weights are available; 0: off. A
+    # run that has them resumes only with the same weight
+    perceptual_weight: float = setting(0.01, at_least=0, affects="nothing")
     vgg_weights: str = path("")  # torchvision's VGG16 state dict; empty: from torch.hub's cache
     vgg_download: bool = setting(False, affects="nothing")  # download the file into that cache if missing (528 MB)
 
     # ---- Training
-    # of stage 1; steps of "muon" take 1.15 times as long as those of "adam" (published), but far fewer are needed. For
-    optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")  # "adam" take four times learning_rate
-    refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")  # of stage 2
-    # stage 1: rate of Adam, after warm-up and until the last quarter, in which it decays; Muon's is 20 times as high
+    # stage 1: steps of "muon" take 1.15 times as long as those of "adam" (published), but far fewer are needed. For
+    # "adam", set learning_rate four times as high
+    optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")
+    refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")  # stage 2: as above
+    # stage 1: after warm-up and until the last quarter, in which it decays. With "muon", hidden layers have 20 times it
     learning_rate: float = setting(5e-4, above=0, at_most=1, affects="stage 1")
     refine_learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 2")  # stage 2: as above
     batch_size: int = setting(4, at_least=1)  # pairs per optimiser step, over all ranks together
@@ -132,8 +137,10 @@ class Options(Settings):
     # store only the inputs of the residual blocks and recompute the rest: less memory, more time, the same gradient
     gradient_checkpointing: bool = setting(False, affects="nothing")
     epochs: int = setting(50, at_least=1, affects="nothing")  # stage 1: passes over the training pairs
-    refine_epochs: int = setting(45, at_least=1, affects="nothing")  # stage 2: passes over the training pairs
-    max_steps: int = setting(0, at_least=0, affects="nothing")  # stop after this many optimiser steps; 0: after epochs
+    # stage 2: the same. If visits with one scan outnumber the pairs, an epoch has the pairs several times, to be about
+    # half of it
+    refine_epochs: int = setting(45, at_least=1, affects="nothing")
+    max_steps: int = setting(0, at_least=0, affects="nothing")  # stop earlier, after so many optimiser steps; 0: do not
     warmup_steps: int = setting(50, at_least=0)  # steps over which the learning rate rises to its peak
     ema_decay: float = setting(0.995, at_least=0, below=1)  # average of the weights: validated, sampled, saved as best
     gradient_clip: float = setting(1.0, at_least=0)  # largest gradient norm; 0: no clipping
@@ -144,22 +151,24 @@ class Options(Settings):
     seed: int = setting(0, at_least=0, affects="data")  # of the split, data order, initial weights and all noise
 
     # ---- Refinement (stage 2)
-    # "expected": start as stage 1's expected volume given the source. To compare, start with random weights, from a
-    # "joint" sample of stage 1, which does not know the source (published), or from nothing: "none", a plain regression
+    # "expected": train the weights of stage 1 on. For comparison, with random weights: "joint" also sees a joint sample
+    # of stage 1, which does not know the source (published); "none" sees the source alone: a plain regression
     coarse: Literal["expected", "joint", "none"] = setting("expected", affects="stage 2")
 
     # ---- Output
     checkpoint_dir: str = path("./checkpoints")  # folder of {best,last}_{model,refine}.pth
     result_dir: str = path("./results")  # folder of figures, NIfTI volumes, log.csv, metrics.csv
     # a NIfTI label image over the volumes, with {subject} and {session} in its path as in pattern_file: metrics.csv of
-    region_file: str = path("")  # stage 2 and of sample.py also gets the scores inside the regions of region_labels
+    # stage 2 and of sample.py also gets the scores inside the regions of region_labels
+    region_file: str = path("")
     # names of these regions and their labels, at least one. On the command line: tumour=1,2,4 edema=2
     region_labels: dict = setting({}, affects="nothing")
     # steps between saves; also at the end of an epoch
     checkpoint_every: int = setting(100, at_least=1, affects="nothing")
     validate_every: int = setting(10, at_least=1, affects="nothing")  # epochs between validations (also at the end)
     # largest part of the time for saves, validations and pictures; they wait where they would take more, but not at the
-    max_overhead: float = setting(0.05, at_least=0, at_most=1, affects="nothing")  # end. 1: always when due
+    # end. 1: always when due
+    max_overhead: float = setting(0.05, at_least=0, at_most=1, affects="nothing")
     num_samples: int = setting(2, at_least=1, affects="nothing")  # subjects in a sample grid
     tensorboard: bool = setting(True, affects="nothing")  # also log there, if installed: tensorboard --logdir results
     # save and stop this many minutes after the program started; run the same command to resume. 0: no limit
@@ -172,7 +181,8 @@ class Options(Settings):
     # grid of a translation: the source file's, or the target file's (without one: training's, over the source's view)
     output_space: Literal["target", "source"] = setting("target", affects="sample.py")
     # translate the left-right mirrored source, too, and take the mean, for models trained with "flip". Takes twice the
-    average_flips: bool = setting(False, affects="nothing")  # time; also in stage 2's metrics.csv
+    # time; also in stage 2's metrics.csv
+    average_flips: bool = setting(False, affects="nothing")
     # 0: the expected volume, with the least error but blurry; 1: with the texture of a sample; or between
     realism: float = setting(0.0, at_least=0, at_most=1, affects="sample.py")
     # also write the voxel-wise standard deviation of this many samples; 0: none

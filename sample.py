@@ -116,6 +116,7 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
             frame = pair.files.get(source if opt.output_space == "source" else target)
             derivatives.write(path, volume, affine, frame, pair.files.get(source), MadeWith=made_with, Group=pair.group,
                               Subject=pair.name, Direction=f"{source}->{target}",
+                              TrainedOn=any(metadata["scan"] in model.seen_scans for _, metadata in scans.values()),
                               Scores=derivatives.json_scores(scores))
 
 
@@ -150,7 +151,8 @@ def run(settings) -> int:
             else:
                 write_scores(folder)
             save_pictures(folder, visits, model.ranges)
-            print(f"The synthesised volumes are in {folder}; pictures: {folder / 'synthesis.png'}")
+            print(f"{len(visits)} {'new pairs' if joint else 'visits'}: the synthesised volumes are in {folder}, and "
+                  f"pictures in {folder / 'synthesis.png'}")
     return FINISHED
 
 

@@ -185,7 +185,7 @@ class Stage1(Stage):
         save_grid(path, "Red: where the loss has more weight", ["the slices with most of it"], rows)
 
     def finish(self, run: Checkpoint) -> None:
-        print(f"Stage 1 is finished: {run.step} steps, best validation error {run.best_value:.4f} (mean of "
-              f"{' and '.join(self.metrics)}). To train longer, raise opt.epochs.\n"
-              f"Pictures: {self.folder}. Model: {run.best}\n"
-              f"Next: run the same command with --refine --resume_path {run.best}")
+        print(f"\nStage 1 is finished: {run.step} steps, best validation error {run.best_value:.4f} (mean of "
+              f"{' and '.join(self.metrics)}).\nPictures: {self.folder}. Model: {run.best}\n"
+              f"Next: stage 2, the same command with --refine --resume_path {run.best}\n"
+              "Or train longer: the same command with higher opt.epochs")

@@ -161,7 +161,8 @@ class Stage2(Stage):
         print(f"\nStage 2 is finished: {run.step} steps, best validation PSNR {run.best_value:.2f} dB. On the "
               f"{len(self.study.roles['test'])} test pairs:\n{summary(rows)}\n"
               f"Metrics: {self.folder / 'metrics.csv'}. Pictures: {self.folder}. Model: {run.best}\n"
-              "To train longer, raise opt.refine_epochs.")
+              f"Next: translate scans with python sample.py --resume_path {run.best} --data_root YOUR_SCANS\n"
+              "Or train longer: the same command with higher opt.refine_epochs")
 
     def report(self, network: Translator) -> list[dict]:
         """Rows of metrics.csv: every test pair, direction, volume (refined, coarse, mean, source) and region."""

@@ -191,7 +191,7 @@ def main() -> None:
         pairs, _, _ = find_study(settings)
     except UserError as error:
         raise SystemExit(str(error)) from None
-    folds = sorted({pair.fold for pair in pairs if pair.fold is not None}) or list(range(settings.folds))
+    folds = sorted({pair.fold for pair in pairs if pair.is_complete} - {None}) or list(range(settings.folds))
     if len(folds) < 2:
         raise SystemExit("opt.folds = 1: every subject would be trained on; set 2 or more")
     plan, text = own.out / "options.json", json.dumps(options)

@@ -4,9 +4,10 @@
     python -m benchmarks.equal_time --minutes 20 --data_root pairs.csv --arms "regression only" "two stages"
 
 Trains every arm, length and seed with `python main.py` in folders of their own. Minutes become steps by each arm's own
-time per step (benchmarks/step.py); stage 1, and the samples that the published form refines, count. Validation and
-pictures do not, in any arm. Scores the best model on the test subjects, and for the demo on 120 new ones rendered like
-the demo's. Run the same command to resume. Writes scores.csv, table.md and curves.png.
+time per step (benchmarks/step.py), and are divided between the stages as opt.epochs to opt.refine_epochs; the samples
+that the published form refines count. Validation and pictures do not, in any arm. Scores the best model on the test
+subjects, and for the demo on 120 new ones rendered like the demo's. Run the same command to resume. Writes scores.csv,
+table.md and curves.png.
 """
 
 import argparse
@@ -48,11 +49,12 @@ COLUMNS = ("arm", "minutes", "seed", "measured_minutes", "steps_1", "steps_2", "
 def plan(options: list[str]) -> dict:
     """Options of an arm, seconds per step of both stages and of all coarse volumes, and the share of stage 1."""
     settings = parse_arguments(opt, PRESETS, options, "")
-    cases = [run_case(options, stage, steps=STEPS, own_data=True) for stage in (1, 2)]
+    cases = [run_case(options, stage, steps=STEPS, own_data=settings.coarse != "joint") for stage in (1, 2)]
     first, second = (case["seconds_per_step"] for case in cases)
     steps = (0 if settings.coarse == "none" else settings.epochs), settings.refine_epochs
     # a joint sample evaluates both directions, forwards only: a third of a step of stage 2 per batch and evaluation
-    drawn = len(find_study(settings)[0]) / settings.batch_size * settings.sampling_steps / 3 * second
+    pairs = sum(visit.is_complete for visit in find_study(settings)[0])
+    drawn = pairs / settings.batch_size * settings.sampling_steps / 3 * second
     return {"options": options, "first": first, "second": second, "peak_gib": max(case["peak_gib"] for case in cases),
             "share": steps[0] * first / (steps[0] * first + steps[1] * second),
             "coarse": drawn if settings.coarse == "joint" else 0.0}

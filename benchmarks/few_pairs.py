@@ -6,8 +6,8 @@
 Keeps the pairs of so many training subjects complete, and takes one of both scans, in turn, from the others; the
 numbers of validation and test subjects stay, and visits that lack a scan from the start are left out. Three arms of
 equal total time (benchmarks/equal_time.py): a plain regression on the complete pairs, both stages on the complete
-pairs, and both stages on all visits. Scored on 120 new subjects for the demo, else on the validation subjects. Run the
-same command to resume. Writes scores.csv, table.md and curves.png.
+pairs, and both stages on all visits. Scored on 120 new subjects for the demo, else on the validation subjects, which
+also choose the best model of each arm. Run the same command to resume. Writes scores.csv, table.md and curves.png.
 """
 
 import argparse
@@ -36,16 +36,17 @@ def write_study(path: Path, settings, complete: int) -> list[str]:
     pairs, roles, _ = split_study(settings, [visit for visit in visits if visit.is_complete])
     train, validated = (sorted({pairs[i].person for i in roles[role]}) for role in ("train", "validation"))
     order = np.random.default_rng(0).permutation(train).tolist()  # the same subjects are complete for all seeds
-    if not 0 < complete <= len(order):
-        raise SystemExit(f"--pairs {complete}: the study has {len(order)} training subjects with complete pairs")
-    rows, held_out = [], len(validated)
+    if settings.folds == 1 or not 0 < complete <= len(order):
+        raise SystemExit(f"--pairs {complete}: the study has {len(order)} training subjects with complete pairs; and "
+                         "opt.folds must be 2 or more")
+    places, rows = {person: place for place, person in enumerate(order)}, []
     for i, pair in enumerate(pairs):
-        place = order.index(pair.person) if pair.person in order else 0
+        place = places.get(pair.person, 0)
         kept = settings.modalities if place < complete else settings.modalities[place % 2:][:1]
         rows.append({"subject": pair.subject, "session": pair.session, "group": pair.group,
                      "fold": 0 if i in roles["test"] else 1, **{name: pair.files[name].absolute() for name in kept}})
     write_table(path, ("subject", "session", "group", "fold", *settings.modalities), rows)
-    return [f"--data_root={path}", "--fold=0", f"--validation_fraction={held_out / (held_out + complete)}"]
+    return [f"--data_root={path}", "--fold=0", f"--validation_fraction={len(validated) / (len(validated) + complete)}"]
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ its defaults:
     copy, mean         the source resampled; the mean training volume
 
 The rate of Adam, which decays linearly, is the best of --rates on the validation subjects after --search_minutes each.
-PDS trains both stages in nine tenths of the minutes, divided as their default lengths are (benchmarks/equal_time.py);
-the rest is for start, validation and pictures. Give
---incomplete leave_out where visits lack a scan: only PDS uses them. All are
-scored on the test subjects, over the whole volume. In --out: scores.csv and table.md. Finished runs are not repeated.
+PDS trains both stages in nine tenths of the minutes, divided as opt.epochs to opt.refine_epochs
+(benchmarks/equal_time.py); the rest is for start, validation and pictures. Give --incomplete leave_out where visits
+lack a scan: only PDS and the mean volume use them. All are scored on the test subjects, over the whole volume. In
+--out: scores.csv and table.md. Finished runs are not repeated.
 """
 
 import argparse

@@ -32,6 +32,16 @@ def check_study(opt) -> bool:
     """
     pairs, problems, readings = find_study(opt)
     alignment, files, overlays = None, {modality: [] for modality in readings}, []
+    if any(pair.is_complete for pair in pairs):  # otherwise find_study has said so
+        try:
+            pairs, roles, warnings = split_study(opt, pairs)
+            problems += warnings + [
+                Problem(pairs[i].name, f"has only {', '.join(pairs[i].files)}, so it is used in training alone",
+                        'if it has both, give them the same subject and session; opt.incomplete = "leave_out" leaves '
+                        "it out", pairs[i].name, fatal=False) for i in roles.get("incomplete", [])]
+            groups_to_learn(opt, pairs, roles)
+        except DataError as error:
+            problems += error.problems
     try:
         alignment = align(opt, pairs)
     except DataError as error:  # then only what each file has of its own is looked at
@@ -48,17 +58,6 @@ def check_study(opt) -> bool:
             problems += warnings
     problems += identical_scans((file.pair, modality, *file.contents)
                                 for modality, listed in files.items() for file in listed)
-    if pairs:
-        try:
-            used, roles, warnings = split_study(opt, pairs)
-            problems += warnings + [
-                Problem(used[i].name, f"has no {', '.join(readings.keys() - used[i].files)}, so it is only in the mean "
-                        "volumes, and a target of stage 2", "if there is such a file, give it the same subject and "
-                        'session; opt.incomplete = "leave_out" leaves the visit out', used[i].name, fatal=False)
-                for i in roles.get("incomplete", [])]
-            groups_to_learn(opt, used, roles)
-        except DataError as error:
-            problems += error.problems
     how = f"brought together {alignment}" if alignment else "which cannot be brought together"
     print(f"{described(pairs)}, {how}")
     sizes, fits = {}, True
@@ -72,15 +71,19 @@ def check_study(opt) -> bool:
         print("suggested: --image_size", *(f"{modality}={_x(size)}" for modality, size in sizes.items()),
               *(("--box_size", *map("{:g}".format, alignment.box)) if alignment.how == "world" else
                 () if fits or opt.resize != "none" else ("--resize", "resample")))
-    write_table(Path(opt.result_dir) / "check.csv", COLUMNS, map(vars, problems))
+    problems.sort(key=lambda problem: not problem.fatal)
+    table = Path(opt.result_dir) / "check.csv"
+    write_table(table, COLUMNS, map(vars, problems))
     for problem in problems:
-        print(f"{problem.subject or '-'}  {problem.where}: {problem.what}\n  -> {problem.remedy}")
+        print(f"{'error' if problem.fatal else 'warning'}: {problem.where}: {problem.what}\n  -> {problem.remedy}")
     if overlays:
         path = Path(opt.result_dir) / "check.png"
         save_overlays(path, overlays)
         print(f"look at {path}: the outline of each scan over the other one")
     errors, warnings = ([problem for problem in problems if problem.fatal == fatal] for fatal in (True, False))
-    print(f"{'not ready' if errors else 'ready to train'}: {counted(errors, 'error')}, {counted(warnings, 'warning')}")
+    print(f"{'not ready' if errors else 'ready to train'}: {counted(errors, 'error')}, {counted(warnings, 'warning')}, "
+          f"listed in {table}\nNext: " + ("correct the errors, and check again" if errors else
+                                        "run the same command without --check, with the options suggested above"))
     return not errors
 
 
@@ -126,7 +129,7 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
         print(f"  {label}:", ", ".join(f"{value} ({count})" for value, count in kinds[:KINDS_SHOWN]),
               *([f"and {len(kinds) - KINDS_SHOWN} more"] if len(kinds) > KINDS_SHOWN else []))
     low, high = [file.low for file in files], [file.high for file in files]
-    print(f"  intensities: -1 is {min(low):.4g} .. {max(low):.4g}, 1 is {min(high):.4g} .. {max(high):.4g}")
+    print(f"  intensity that becomes -1: {min(low):.4g} .. {max(low):.4g}; 1: {min(high):.4g} .. {max(high):.4g}")
     usual, problems = Counter(file.size for file in files).most_common(1)[0][0], []
     if alignment.how == "world":  # voxels of the box as large as the files' are
         usual = np.rint(alignment.box / np.median([file.spacing for file in files], axis=0)).astype(int).tolist()

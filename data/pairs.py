@@ -125,9 +125,11 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
         keys = (visit.person, _canonical(visit.session, "ses")), visit.name
         others = [listed.setdefault(key, visit) for key in keys]
         if other := next((other for other in others if other is not visit), None):
+            halves = visit.files.keys().isdisjoint(other.files)
             problems.append(Problem(f"{visit.name} and {other.name}", "are the same visit of the same subject",
-                                    "keep only one of them, or fill the session column; if they are two people, rename "
-                                    "one: case and zeros in front do not count", visit.name))
+                                    f"{'put both scans into one row' if halves else 'keep only one of them'}, or fill "
+                                    "the session column; if they are two people, rename one: case and zeros in front "
+                                    "do not count", visit.name))
         for modality, file in visit.files.items():
             folder, name = os.path.split(file)  # a study has few folders: most paths are resolved once
             path = os.path.realpath(file) if os.path.islink(file) else f"{real(folder)}/{name}"

@@ -28,8 +28,7 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
         raise DataError(Problem("opt.folds", f"the fold column is filled for {filled} of {len(pairs)} pairs",
                                 "fill it for all pairs or for none"))
     if torn := [pair.name for pair in pairs if fold_of[pair.person] != pair.fold]:
-        raise DataError(Problem(", ".join(torn), "the sessions of one subject are in different folds",
-                                "put them into the same fold"))
+        raise DataError(_torn(torn))
     if not filled:
         order = _seeded_order(group_of, seed)
         counts = Counter((group_of[person], position % folds) for position, person in enumerate(order))
@@ -52,9 +51,11 @@ def add_incomplete(pairs: list[Pair], roles: dict[str, list[int]], incomplete: l
                    test_fold: int | None) -> tuple[list[Pair], list[Problem]]:
     """Give visits that lack a modality the role "incomplete": they take part in training, and only there. Returns all
     pairs, the complete ones at their places, and a warning for each visit that is left out because its person is tested
-    or validated on. test_fold: opt.fold; None with opt.folds = 1, where everybody is trained on.
+    or validated on. test_fold: opt.fold; None with opt.folds = 1, where everybody is trained on. Raises DataError.
     """
-    held_out = {}
+    held_out, fold_of = {}, {pair.person: pair.fold for pair in pairs if pair.fold is not None}
+    if torn := [visit.name for visit in incomplete if visit.fold not in (None, fold_of.get(visit.person, visit.fold))]:
+        raise DataError(_torn(torn))
     if test_fold is not None:
         held_out = {visit.person: "test" for visit in incomplete if visit.fold == test_fold}
         held_out |= {pairs[i].person: role for role in ROLES[1:] for i in roles[role]}
@@ -65,6 +66,11 @@ def add_incomplete(pairs: list[Pair], roles: dict[str, list[int]], incomplete: l
         Problem(visit.name, f"left out because it has only {', '.join(visit.files)}, and its subject is in the "
                 f"{held_out[visit.person]} set", "no subject may be on both sides", visit.name, fatal=False)
         for visit in incomplete if visit.person in held_out]
+
+
+def _torn(names: list[str]) -> Problem:
+    return Problem(", ".join(names), "the sessions of one subject are in different folds",
+                   "put them into the same fold")
 
 
 def _seeded_order(group_of: dict[str, str], seed: int) -> list[str]:

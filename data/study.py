@@ -31,8 +31,9 @@ class Study:
     """The pairs of two modalities. Volumes and masks come as {modality: tensor (B, 1, X, Y, Z)}.
 
     ranges[modality]: (N, 2) intensities, in file units, that became -1 and 1; affines[modality]: N of (4, 4); both None
-    for a scan that an incomplete visit lacks: its volume is NaN, as if the scan saw nothing. problems: warnings. Raises
-    VolumeError, DataError if a scan is there twice, and Interrupted between two pairs.
+    for a scan that an incomplete visit lacks: its volume is NaN, as if the scan saw nothing. problems: warnings.
+    seen_scans: hashes of the scans of all roles but "test". Raises VolumeError, DataError if a scan is there twice, and
+    Interrupted between two pairs.
     """
 
     def __init__(self, pairs: list[Pair], roles: dict[str, list[int]], readings: dict[str, Reading],
@@ -58,6 +59,8 @@ class Study:
         raise_if_fatal(identical_scans(scans))
         self.split = {role: [pairs[i].name for i in members] for role, members in roles.items()}
         split_hash = hashlib.sha256(json.dumps(self.split).encode())
+        used = {name for role, names in self.split.items() if role != "test" for name in names}
+        self.seen_scans = sorted({scan for pair, _, scan, _ in scans if pair.name in used})
         self.identity = {"data": data_hash.hexdigest(), "split": split_hash.hexdigest()}
 
     @property
@@ -211,7 +214,8 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
     try:
         sizes = opt.image_sizes()
     except UserError as error:  # only with --check, which suggests sizes: otherwise opt.validate refuses them
-        problems.append(Problem("opt.image_size", str(error), "or set it as suggested", "all"))
+        problems.append(Problem("opt.image_size", str(error), "set it as suggested", "all",
+                                fatal="image_size" in opt.edited))
         sizes = dict.fromkeys(opt.modalities)
     reduce, intensity = opt.per_modality("reduce"), opt.per_modality("intensity")
     return pairs, problems, {name: Reading(name, sizes[name], reduce[name], opt.resize, intensity[name])

@@ -145,14 +145,19 @@ class Conv3d(nn.Conv3d):
         return super().forward(x)
 
 
-class ResBlock(nn.Module):
-    """Two convolutions with group normalisation, a shortcut, and a shift by the embedded timesteps.
-
-    recompute: keep only the block's input for the backward pass and compute the rest again (gradient checkpointing,
-    Chen et al. 2016).
-    """
+class Recomputed(nn.Module):
+    """A module that computes with `compute`. recompute: keep only its inputs for the backward pass, and compute the
+    rest again (gradient checkpointing, Chen et al. 2016)."""
 
     recompute = False
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        again = self.recompute and torch.is_grad_enabled()
+        return checkpoint(self.compute, *inputs, use_reentrant=False) if again else self.compute(*inputs)
+
+
+class ResBlock(Recomputed):
+    """Two convolutions with group normalisation, a shortcut, and a shift by the embedded timesteps."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float = 0.0):
         super().__init__()
@@ -165,12 +170,8 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)  # every block starts as its shortcut
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+    def compute(self, x: Tensor, shift: Tensor) -> Tensor:
         """shift: (B, out_channels, 1, 1, 1) of this block, from `shifts`."""
-        recompute = self.recompute and torch.is_grad_enabled()
-        return checkpoint(self._forward, x, shift, use_reentrant=False) if recompute else self._forward(x, shift)
-
-    def _forward(self, x: Tensor, shift: Tensor) -> Tensor:
         h = self.conv1(norm_silu(x, self.norm1)) + shift
         return self.shortcut(x) + self.conv2(self.dropout(norm_silu(h, self.norm2)))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.layers import (
     Attention,
     Conv3d,
+    Recomputed,
     ResBlock,
     from_patches,
     norm_silu,
@@ -82,7 +83,7 @@ class UNet(nn.Module):
         return h
 
 
-class Detail(nn.Module):
+class Detail(Recomputed):
     """What patches cannot place: two convolutions of single voxels, of the features of the patches around them and of
     the volumes there. (B, channels, X / patch, ...) and (B, volumes, X, Y, Z) -> (B, 1, X, Y, Z)."""
 
@@ -93,7 +94,7 @@ class Detail(nn.Module):
         self.hidden = Conv3d(DETAIL_CHANNELS + volumes, DETAIL_CHANNELS, 3, padding=1)
         self.head = Conv3d(DETAIL_CHANNELS, 1, 3, padding=1)
 
-    def forward(self, features: Tensor, volumes: Tensor) -> Tensor:
+    def compute(self, features: Tensor, volumes: Tensor) -> Tensor:
         fine = from_patches(self.features(features), self.patch, volumes.shape[2:])
         return self.head(F.silu(self.hidden(torch.cat([fine, volumes], dim=1))))
 
@@ -194,10 +195,10 @@ class DualModalUNet(nn.Module):
         return next(source for source, each in self.directions if each == target)
 
     def set_recompute(self, recompute: bool) -> None:
-        """Switch gradient checkpointing of all residual blocks on or off."""
-        for block in self.modules():
-            if hasattr(block, "recompute"):
-                block.recompute = recompute
+        """Switch gradient checkpointing on or off."""
+        for module in self.modules():
+            if isinstance(module, Recomputed):
+                module.recompute = recompute
 
     def set_means(self, means: dict[str, Tensor]) -> None:
         """Copy the mean training volumes (1 + groups, 1, X, Y, Z) of each modality."""

@@ -14,17 +14,21 @@ from utils.files import write_table, write_text
 from utils.metrics import quality, summary, write_metrics
 
 VISITS_SHOWN = 12
+TRAINED_ON = "trained on"  # in the place of "synthesised"
 KINDS = ("real", "synthesised", "difference", "deviation")  # of a modality's panels
 
 
 def write_scores(folder: Path) -> None:
-    """Write metrics.csv of all volumes with a truth, and print their means."""
-    rows = [{"subject": entry["Subject"], "direction": entry["Direction"], "volume": "synthesised", "region": region,
-             **scores}
+    """Write metrics.csv of all volumes with a truth, and print their means; apart for visits of the training."""
+    rows = [{"subject": entry["Subject"], "direction": entry["Direction"], "region": region,
+             "volume": TRAINED_ON if entry["TrainedOn"] else "synthesised", **scores}
             for _, entry in read_sidecars(folder) for region, scores in scores_in(entry).items()]
     if rows:
         write_metrics(folder / "metrics.csv", rows)
         print(summary(rows))
+    if any(row["volume"] == TRAINED_ON for row in rows):
+        print(f"{TRAINED_ON}: the model was trained or validated on these visits, so their scores say nothing about "
+              "new ones")
 
 
 def write_pair_tables(folder: Path, modalities: tuple[str, str]) -> None:

@@ -170,7 +170,7 @@ def test_a_rehearsal_of_the_gpu_finds_a_wrong_loss_and_a_program_that_fails(tmp_
             lines[5][3] = str(1.01 * float(lines[5][3]))
             log.write_text("\n".join(map(",".join, lines)))
         if any("/sample fp32/" in word for word in words):
-            return 2, "PDS cannot run:\nno such device"
+            return 2, "PDS cannot go on:\nno such device"
         return done.returncode, done.stdout + done.stderr
 
     row = {"stage": 1, "sizes": "", "batch_size": 1, "ranks": 1, "precision": "float32", "seconds_per_step": 0.25,

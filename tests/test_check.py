@@ -56,7 +56,7 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
               "every voxel is 3": (VOXELS, np.full(12 * 13 * 11, 3, "<f4").tobytes())}
     faults = [*DAMAGED.values(), *((lambda good, field=field: with_header(good, field), what)
                                    for what, field in (warnings | errors).items())]
-    expected = {missing.name[:6]: "has no fmri, so it is only in the mean", copy.name[:6]: "holds the same scan as"}
+    expected = {missing.name[:6]: "has only dmri, so it is used", copy.name[:6]: "holds the same scan as"}
     for path, (damage, what) in zip(others, faults):
         path.write_bytes(damage(path.read_bytes()))
         expected[path.name[:6]] = what
@@ -69,7 +69,9 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
     assert {expected[subject] for subject in set(expected) - set(refused)} == {expected[missing.name[:6]], *warnings}
     assert all(row["what"] in printed and row["remedy"] in printed for row in found)
     assert f"{SUGGESTION} --resize resample\n" in printed
-    assert f"not ready: {len(refused)} errors, {len(found) - len(refused)} warnings\n" in printed
+    assert f"not ready: {len(refused)} errors, {len(found) - len(refused)} warnings, listed in {tmp_path}" in printed
+    assert printed.endswith("Next: correct the errors, and check again\n")
+    assert printed.count("\nerror: ") == len(refused) and printed.rindex("\nerror: ") < printed.index("\nwarning: ")
 
 
 def test_a_study_that_is_ready_unless_an_option_is_wrong_and_a_stop(study_csv, tmp_path, capsys, monkeypatch):
@@ -77,6 +79,7 @@ def test_a_study_that_is_ready_unless_an_option_is_wrong_and_a_stop(study_csv, t
     printed = capsys.readouterr().out
     for part in ("6 pairs", "12x13x11 (6)", "14x14x14 (6)", "RAS (6)", f"{SUGGESTION}\nlook at", "ready to train: 0"):
         assert part in printed
+    assert "Next: run the same command without --check" in printed
     assert rows(tmp_path) == [] and not list((tmp_path / "cache").glob("*"))
     wrong = ["--folds", "9", "--fold", "8", "--image_size", "12", "--exclude", "sub-99"]
     assert main.main(words(study_csv, tmp_path, *wrong)) == 2
@@ -99,6 +102,30 @@ def test_the_suggested_size_works(tmp_path, capsys, sizes, resize, image_size):
     assert main.main([*asked, "--image_size", image_size]) == 2
     suggested = suggestion(capsys.readouterr().out)
     assert suggested[3:] == resize and main.main([*asked, *suggested]) == 0
+
+
+def test_a_size_that_was_not_given_is_no_error(tmp_path, capsys):
+    asked = two_modalities(tmp_path, (12, 13, 14))
+    assert main.main(asked) == 0
+    printed = capsys.readouterr().out
+    assert "suggested: --image_size a=12x13x14 b=12x13x14\n" in printed and "0 errors, 1 warning, " in printed
+
+
+def test_a_visit_with_one_scan_is_read_only_where_training_reads_it(tmp_path):
+    """A session of a test subject is left out; without any pair there is one error."""
+    table = write_pairs(tmp_path / "study")
+    subject, fmri, _ = table.read_text().splitlines()[1].split(",")
+    assert main.main(words(table, tmp_path, *SIZES)) == 0
+    header, *lines = table.read_text().splitlines()
+    split = [f"{line},,{int(line.startswith(subject))}" for line in lines]
+    table.write_text("\n".join([f"{header},session,fold", *split, f"{subject},damaged.nii,,2,1"]))
+    (table.parent / "damaged.nii").write_bytes(b"no image")
+    assert main.main(words(table, tmp_path, *SIZES, "--fold", "1", "--folds", "2")) == 0
+    assert [row["what"].split(",")[0] for row in rows(tmp_path)] == ["left out because it has only fmri"]
+    assert main.main(words(table, tmp_path, *SIZES, "--fold", "0", "--folds", "2")) == 2
+    table.write_text(f"{header}\n{subject},{fmri},\n")
+    assert main.main(words(table, tmp_path, *SIZES)) == 2
+    assert [row["what"] for row in rows(tmp_path) if row["fatal"] == "True"] == ["no subject has both fmri and dmri"]
 
 
 def test_problems_that_only_show_on_the_grid_are_reported(tmp_path):
@@ -133,4 +160,4 @@ def test_real_studies(tmp_path, capsys):
     assert main.main(words(TRACTOR, tmp_path, "--folds", "1", "--reduce", "fmri=std", "dmri=first",
                            *suggestion(printed))) == 0
     printed = capsys.readouterr().out
-    assert "the dmri fits the fmri better if it is moved by about" in printed and "0 errors, 1 warning\n" in printed
+    assert "the dmri fits the fmri better if it is moved by about" in printed and "0 errors, 1 warning, " in printed

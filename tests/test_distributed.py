@@ -125,7 +125,7 @@ def test_torchrun_prints_a_refusal_once(pairs, tmp_path):
     """It is found by one rank, while the other one waits."""
     refused = torchrun(*words_of(pairs, tmp_path, "--image_size", "16"))
     errors = refused.communicate(timeout=60)[1]
-    assert refused.returncode and errors.count("PDS cannot run") == 1 and "opt.image_size" in errors
+    assert refused.returncode and errors.count("PDS cannot go on") == 1 and "opt.image_size" in errors
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found in /proc")

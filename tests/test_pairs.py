@@ -71,6 +71,8 @@ def test_a_visit_without_one_modality_is_listed_and_left_out(tree, tmp_path):
         assert [problem.where for problem in problems] == where
     assert "no subject has both" in str(find_pairs(write(tmp_path, "subject,fmri,dmri\n1,a,\n"), BOTH,
                                                    needed=1)[1][0])
+    (halves,) = find_pairs(write(tmp_path, "subject,fmri,dmri\n1,a,b\n2,c,\n02,,d\n"), BOTH, needed=1)[1]
+    assert halves.fatal and "put both scans into one row" in halves.remedy
     assert "needs one column dmri" in str(find_pairs(write(tmp_path, "subject,fmri\n1,a\n"), BOTH,
                                                      needed=1)[1][0])
     table = write(tmp_path, "subject,fmri,dmri\n1,a,b\n2,c,\n,d,e\n")

@@ -89,6 +89,8 @@ def test_incomplete_visits_are_trained_on_alone_and_only_where_nobody_is_held_ou
                                                                          ("sub-78_ses-2", "test")}
     assert not any(note.fatal for note in notes) and len(notes) + len(everybody) == 9 + 6
     assert len(add_incomplete(pairs, {role: [*range(9)] for role in ROLES}, lacking, None)[0]) == 15
+    with pytest.raises(DataError, match="sub-0_ses-2: the sessions of one subject are in different folds"):
+        add_incomplete(pairs, {**before}, [Pair("sub-0", "2", "", 1, {"fmri": Path("a")})], 1)
 
 
 def test_groups_are_learnt_only_if_large_enough():

@@ -116,7 +116,7 @@ def test_incomplete_visits_are_in_the_mean_volumes_of_stage_1_only(incomplete_cs
     assert torch.equal(stage.network.net("fmri").mean, study.mean_volumes()["fmri"])
     assert main.main(arguments(incomplete_csv, tmp_path, "--max_steps", "1")) == 0
     said = capsys.readouterr().out
-    assert "6 pairs and 3 with one scan" in said and "visits with one scan (3) are in the mean volumes only" in said
+    assert "6 pairs and 3 with one scan" in said and "with one scan (3): here they are in the mean" in said
 
 
 def test_a_run_resumes_its_newest_checkpoint(study_csv, trained, tmp_path, capsys):

@@ -63,6 +63,9 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
     study, state = read_study(settings), read_checkpoint(tmp_path / "checkpoints/best_model.pth", (STAGE_1,))
     stage, seen = Stage2(settings, study, torch.device("cpu"), state), []
     stage.ema_model = copy.deepcopy(stage.network).eval()
+    with torch.no_grad():  # it differs from the network, as after a few steps
+        for weight in stage.ema_model.parameters():
+            weight.mul_(1.1)
     assert stage.members == [*study.roles["train"], 6, 7, 8]
     places = {target: places for target, places, _ in stage.micro_batches([0, 6, 7])}
     assert places == {"fmri": [0, 2], "dmri": [0, 1]}  # sub-07 has a dmri only, sub-08 an fmri
@@ -75,6 +78,7 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
     loss, _ = stage.loss(network, ("dmri", [0, 1], 1.0), data)
     made = stage.ema_model.translate("fmri", study.volumes([6])["dmri"])
     assert torch.equal(seen[0], torch.cat([study.volumes([0])["fmri"], made])) and made.std() > 0.001
+    assert not seen[0].requires_grad and not torch.equal(made, stage.network.translate("fmri", data[1][1:]))
     assert torch.equal(data[1], study.volumes([0, 6])["dmri"]) and loss.isfinite() and loss.requires_grad
 
 

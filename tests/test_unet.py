@@ -58,9 +58,11 @@ def test_mean_volume_and_group_change_the_prediction_and_no_group_is_index_0():
     assert not torch.allclose(outputs[1], outputs[2]) and not torch.allclose(outputs[2], outputs[3])
 
 
-def test_gradient_checkpointing_keeps_the_gradient_and_saves_memory():
+@pytest.mark.parametrize("patch, kept", [(1, 0.4), (2, 0.3)])  # with patches, much of the memory is Detail's
+def test_gradient_checkpointing_keeps_the_gradient_and_saves_memory(patch, kept):
     torch.manual_seed(0)
-    network, x, gradients, saved = randomised(DualModalUNet(SIZES, replace(CONFIG, dropout=0.2))), noise(), [], [[], []]
+    network = randomised(DualModalUNet(SIZES, replace(CONFIG, dropout=0.2, patch=patch)))
+    x, gradients, saved = noise(), [], [[], []]
     for recompute in (False, True):
         network.set_recompute(recompute)
         network.zero_grad()
@@ -70,7 +72,7 @@ def test_gradient_checkpointing_keeps_the_gradient_and_saves_memory():
         output.square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
-    assert sum(saved[True]) < 0.6 * sum(saved[False])
+    assert sum(saved[True]) < kept * sum(saved[False])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -114,10 +114,11 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
     Raises DamagedError where the file is not complete, UserError where it cannot be used here.
     """
     if not os.path.isfile(path):  # no error where its folder may not be looked at
-        what = "is not a file" if os.path.exists(path) else "there is no such checkpoint, or it may not be read"
-        raise UserError(f"{path}: {what}. Move away what is in its place, and set opt.resume_path to a checkpoint that "
-                        "exists: best_model.pth to start stage 2, last_refine.pth, which contains its backbone, to "
-                        "resume it; leave it empty for stage 1")
+        what = ("is not a file: move it away" if os.path.exists(path) else
+                "there is no such checkpoint, or it may not be read")
+        raise UserError(f"{path}: {what}. Set opt.resume_path to a checkpoint that exists: best_model.pth, which stage "
+                        "1 writes, to start stage 2, last_refine.pth, which contains its backbone, to resume it; leave "
+                        "it empty for stage 1")
     state = read_tensors(path, "a checkpoint of PDS")
     if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("stage") not in (STAGE_1, STAGE_2):
         raise UserError(f"{path}: is not a checkpoint of this version of PDS; train again, or use the version that "

@@ -37,7 +37,7 @@ def run_program(run: Callable[[object], int], settings) -> int:
                 if not isinstance(error, UserError) and not is_out_of_memory(error):
                     raise
                 message = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
-                print(f"\nPDS cannot run:\n{visible(message)}", file=sys.stderr)
+                print(f"\nPDS cannot go on:\n{visible(message)}", file=sys.stderr)
                 return REFUSED
     except KeyboardInterrupt:
         print(f"\nInterrupted; {RESUME}", file=sys.stderr)

@@ -82,7 +82,7 @@ class Stage:
             "fingerprints": {**study.identity, "pattern": study.pattern_fingerprint() if opt.pattern_weight else ""},
             "ranges": {modality: study.train_range(modality) for modality in study.modalities},
             "affines": {modality: study.affines[modality][first].tolist() for modality in study.modalities},
-            "alignment": dataclasses.asdict(study.alignment)}
+            "alignment": dataclasses.asdict(study.alignment), "seen_scans": study.seen_scans}
 
     def micro_batches(self, batch: list[int]) -> list[MicroBatch]:
         """This rank's share of a step, in which each pair counts once per direction, an incomplete one once."""
@@ -136,8 +136,8 @@ def fit(stage: Stage) -> bool:
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
     if only_in_means := {*study.trained_on} - {*members}:
-        print(f"note: visits with one scan ({len(only_in_means)}) are in the mean volumes only: stage 2 is trained on "
-              'them, with opt.coarse = "expected"')
+        print(f"note: visits with one scan ({len(only_in_means)}): here they are in the mean volumes only; stage 2, "
+              'with opt.coarse = "expected", is trained on them')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
                      {"model": stage.network, "ema": ema, "optimiser": optimiser},
                      stage.metadata, initial_best=-math.inf if stage.higher_is_better else math.inf)

@@ -42,7 +42,7 @@ def problems_of_content(state: dict, parts: tuple[str, ...]) -> list[str]:
         return (isinstance(value, dict) and value.keys() == set(settings.modalities)
                 and all(_numbers(numbers, *shape) for numbers in value.values()))
 
-    groups, texts = state.get("groups", []), state.get("fingerprints")
+    groups, texts, seen = state.get("groups", []), state.get("fingerprints"), state.get("seen_scans", [])
     rules = {  # field -> whether it is right, what it must be
         "step": (type(state.get("step")) is int and 0 <= state["step"] < 2**63, "a count"),
         "best": (type(state.get("best")) is float and not math.isnan(state["best"]), "a number"),
@@ -55,6 +55,7 @@ def problems_of_content(state: dict, parts: tuple[str, ...]) -> list[str]:
                    "a smallest and a largest intensity of each modality"),
         "affines": (each(state.get("affines"), 4, 4) and all(map(is_affine, state["affines"].values())),
                     "an invertible affine (4, 4), in mm, of each modality"),
+        "seen_scans": (isinstance(seen, list) and all(isinstance(scan, str) for scan in seen), "hashes"),
         "alignment": (_is_alignment(state.get("alignment"), each), "as data/alignment.py writes it"),
         **{part: (isinstance(state.get(part), dict), "a state dict") for part in parts}}
     return [f"{name} = {reprlib.repr(state.get(name))}: must be {wanted}"

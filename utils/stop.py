@@ -42,7 +42,8 @@ class StopRequest:
             self.reason = self.reason or f"received {signal.Signals(number).name}"
             if os.environ.get("RANK", "0") == "0":
                 with contextlib.suppress(OSError):  # print is not reentrant, and a handler may interrupt it
-                    os.write(2, b"\nStopping once the state is saved. Send the signal again to stop immediately.\n")
+                    os.write(2, b"\nStopping once the state is saved. To stop at once, without what was trained since "
+                             b"the last save: Ctrl-C (or the signal) again.\n")
         elif time.monotonic() > self._first + 1:  # not those that torchrun and queues send at once
             raise KeyboardInterrupt
 
