@@ -415,7 +415,7 @@ def test_peers_learn_each_direction_and_are_compared_by_subject(grouped, tmp_pat
     lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()]
     assert len(lines) == 2 + 2 * len(methods)
     mean = next(line for line in lines if line[1:2] == ["mean"])
-    assert "+1.00 (" in mean[lines[0].index("PDS better by, dB")]
+    assert "+1.00 (" in mean[lines[0].index(f"{peers.PDS} better by, dB")]
     assert len(read_csv(tmp_path / "scores.csv")) == 2 * 2 * len(methods)
     with pytest.raises(SystemExit, match="has other options"):
         monkeypatch.setattr("sys.argv", [*sys.argv, "--loss", "l1"])
