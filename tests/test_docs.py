@@ -38,6 +38,14 @@ def test_named_files_and_links_exist():
             assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
 
 
+def test_every_module_has_a_line_in_contributing_and_the_readme_is_short():
+    packages = (".", "benchmarks", "data", "docs", "models", "synthesis", "training", "utils")
+    modules = [path.relative_to(ROOT).as_posix() for package in packages for path in (ROOT / package).glob("*.py")]
+    assert not [module for module in modules if f"`{module}`" not in PAGES["CONTRIBUTING.md"]
+                and not module.endswith("__init__.py")]
+    assert len(README.splitlines()) <= 220 and len(README.split()) <= 2000
+
+
 def test_every_command_parses():
     text = TEXT.replace("\\\n", " ")
     lines = [line for block in text.split("\n```")[1::2] for line in block.splitlines()]  # every other one is code
