@@ -104,10 +104,8 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     for visit in visits:
         if len(visit.files) < needed:
             missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
-            found = ", ".join(f"its {modality} is {file}" for modality, file in visit.files.items()) or "it has nothing"
-            problems.append(Problem(visit.name, f"left out because it has no {missing} ({found})",
-                                    "if there is such a file, give it the same subject and session", visit.name,
-                                    fatal=False))
+            problems.append(Problem(visit.name, f"left out because it has no {missing}", "if there is such a file, "
+                                    "give it the same subject and session", visit.name, fatal=False))
     if needed and not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))
