@@ -182,7 +182,7 @@ class Stage1(Stage):
         rows = [(f"{study.pairs[first].name}\n{modality}",
                  [self.panel(modality, first, real[modality][0, 0].numpy(), overlay=masks[modality][0, 0].numpy() > 0)])
                 for modality in study.modalities]
-        save_grid(path, "Red: where the loss has more weight", ["the slices with most of it"], rows)
+        save_grid(path, "Orange: where the loss has more weight", ["the slices with most of it"], rows)
 
     def finish(self, run: Checkpoint) -> None:
         print(f"\nStage 1 is finished: {run.step} steps, best validation error {run.best_value:.4f} (mean of "

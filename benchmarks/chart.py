@@ -10,7 +10,7 @@ from utils.files import replace_file
 
 SIZE, LEFT, TOP, RIGHT, BOTTOM = 420, 80, 40, 200, 70  # pixels: of the axes, and around them
 TICKS = 6  # about so many on each axis
-COLOURS = ("blue", "darkorange", "green", "crimson", "purple", "teal", "black", "grey")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "black", "grey")  # Okabe & Ito 2008
 
 
 def ticks(low: float, high: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from scipy.ndimage import binary_erosion
 from utils.files import replace_file
 
 HEIGHT, GAP, TEXT, BAR = 120, 4, 20, 160  # pixels: tallest slice, gaps, letters, colour bars
-GREY, RED, OUTLINE = (200, 200, 200), np.array([255.0, 40, 40]), np.array([255.0, 200, 0])
+GREY, ORANGE, OUTLINE = (200, 200, 200), np.array([255.0, 140, 0]), np.array([255.0, 200, 0])
 UNKNOWN = np.array([50.0, 70, 60])  # greenish grey: outside the field of view
 LARGEST = 0.5  # of [-1, 1]: the end of the colour scales of differences and deviations
 VIEWS = ((2, [0, 1], "LR"), (1, [0, 2], "LR"), (0, [1, 2], "PA"))  # axial, coronal, sagittal: normal, axes, sides
@@ -30,7 +30,7 @@ class Panel:
     spacing: np.ndarray  # (3,) mm
     caption: str = ""
     kind: str = "grey"
-    overlay: np.ndarray | None = None  # bool (X, Y, Z), drawn in red; selects the slices with most of it
+    overlay: np.ndarray | None = None  # bool (X, Y, Z), drawn in orange; selects the slices with most of it
     outline: np.ndarray | None = None  # bool (X, Y, Z), its border is drawn in yellow
 
     def sizes(self) -> np.ndarray:
@@ -60,7 +60,7 @@ def _draw(canvas: Image.Image, panel: Panel, left: int, top: int) -> None:
                                     for each in (panel.volume, panel.overlay, panel.outline))
         pixels = _colour(values, panel.kind)
         if overlay is not None:
-            pixels[overlay] = 0.6 * pixels[overlay] + 0.4 * RED
+            pixels[overlay] = 0.6 * pixels[overlay] + 0.4 * ORANGE
         pixels = np.array(Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC))
         if outline is not None:
             inside = np.asarray(Image.fromarray(outline).resize(size, Image.Resampling.NEAREST))
