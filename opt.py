@@ -66,8 +66,9 @@ class Options(Settings):
     # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
     # pattern-aware loss. "template": another space that all subjects share. "mni", "template": one box for all
     space: Literal["auto", "mni", "template", "native"] = "auto"
-    # visits that lack one modality: "use" them in mean volumes and as targets of stage 2, not in tests; or "leave_out"
-    incomplete: Literal["use", "leave_out"] = setting("use", affects="data")
+    # visits that lack one modality: "leave_out", or "use" in mean volumes and as targets of stage 2, never in tests:
+    # compare the validation of stage 2, because some studies gain from them, others lose (docs/results.md)
+    incomplete: Literal["leave_out", "use"] = setting("leave_out", affects="data")
     cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # of the subjects; 1: train, validate and test on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1

@@ -27,7 +27,7 @@ from utils.files import write_table
 
 ALL = "two stages, all visits"
 ARMS = {"regression, complete pairs": "--coarse none --incomplete leave_out",
-        "two stages, complete pairs": "--incomplete leave_out", ALL: ""}
+        "two stages, complete pairs": "--incomplete leave_out", ALL: "--incomplete use"}
 
 
 def write_study(path: Path, settings, complete: int) -> list[str]:

@@ -17,9 +17,8 @@ its defaults:
 
 The rate of Adam, which decays linearly, is the best of --rates on the validation subjects after --search_minutes each.
 PDS trains both stages in nine tenths of the minutes, divided as opt.epochs to opt.refine_epochs
-(benchmarks/equal_time.py); the rest is for start, validation and pictures. Give --incomplete leave_out where visits
-lack a scan: only PDS and the mean volume use them. All are scored on the test subjects, over the whole volume. In
---out: scores.csv and table.md. Finished runs are not repeated.
+(benchmarks/equal_time.py); the rest is for start, validation and pictures. All are scored on the test subjects, over
+the whole volume. In --out: scores.csv and table.md. Finished runs are not repeated.
 """
 
 import argparse

@@ -104,8 +104,9 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     for visit in visits:
         if len(visit.files) < needed:
             missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
+            other = '; opt.incomplete = "use" trains on the other scan' if visit.files else ""
             problems.append(Problem(visit.name, f"left out because it has no {missing}", "if there is such a file, "
-                                    "give it the same subject and session", visit.name, fatal=False))
+                                    f"give it the same subject and session{other}", visit.name, fatal=False))
     if needed and not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))

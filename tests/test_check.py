@@ -22,7 +22,7 @@ SUGGESTION = "suggested: --image_size fmri=12x13x11 dmri=16x17x14"
 
 def words(root: Path, folder: Path, *more: str) -> list[str]:
     return ["--check", "--data_root", str(root), "--result_dir", str(folder / "results"), "--cache_dir",
-            str(folder / "cache"), *more]
+            str(folder / "cache"), "--incomplete", "use", *more]
 
 
 def rows(folder: Path) -> list[dict]:

@@ -59,7 +59,7 @@ def test_outputs_lie_on_their_source_whatever_its_orientation(tmp_path):
 
 def test_the_pattern_mask_is_drawn_once_and_only_where_there_is_one(trained, tmp_path, capsys):
     pixels = np.asarray(Image.open(trained / "results/stage1/pattern_mask.png")).astype(int)
-    assert ((pixels[..., 0] - pixels[..., 1]) > 60).sum() > 200  # red
+    assert ((pixels[..., 0] - pixels[..., 2]) > 60).sum() > 200  # orange
     native = write_pairs(tmp_path / "native", name="{}_{}.nii.gz")
     assert main.main(arguments(native, tmp_path, "--max_steps", "1")) == 0
     assert "6 of 6 pairs are not known to be in MNI space" in capsys.readouterr().out
