@@ -19,7 +19,8 @@ from utils.errors import UserError
 
 
 def options(table: Path, folder: Path, **settings) -> Options:
-    return Options(data_root=str(table), cache_dir=str(folder / "cache"), image_size=SIZES, **{"folds": 3, "incomplete": "use", **settings})
+    return Options(data_root=str(table), cache_dir=str(folder / "cache"), image_size=SIZES,
+                   **{"folds": 3, "incomplete": "use", **settings})
 
 
 @pytest.fixture
