@@ -314,7 +314,7 @@ def test_a_chart_has_round_ticks_that_include_all_points(tmp_path):
     assert chart.ticks(23.1, 28.2) == pytest.approx([23, 24, 25, 26, 27, 28, 29])
     assert chart.ticks(0, 0.034) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
     chart.save_chart(tmp_path / "chart.png", {"one": np.array([[6, 27.0]])}, "x", "y")
-    assert (np.asarray(Image.open(tmp_path / "chart.png")) == (0, 0, 255)).all(axis=2).sum() > 20
+    assert (np.asarray(Image.open(tmp_path / "chart.png")) == (0, 114, 178)).all(axis=2).sum() > 20
 
 
 def test_changed_files_are_survived_and_counted():
