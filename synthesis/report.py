@@ -21,7 +21,7 @@ KINDS = ("real", "synthesised", "difference", "deviation")  # of a modality's pa
 def write_scores(folder: Path) -> None:
     """Write metrics.csv of all volumes with a truth, and print their means; apart for visits of the training."""
     rows = [{"subject": entry["Subject"], "direction": entry["Direction"], "region": region,
-             "volume": TRAINED_ON if entry["TrainedOn"] else "synthesised", **scores}
+             "volume": TRAINED_ON if entry.get("TrainedOn") else "synthesised", **scores}
             for _, entry in read_sidecars(folder) for region, scores in scores_in(entry).items()]
     if rows:
         write_metrics(folder / "metrics.csv", rows)
