@@ -46,7 +46,7 @@ def prepare(tmp_path):
 
     study = SimpleNamespace(
         pairs=[SimpleNamespace(name=name, is_complete=name in NAMES) for name in (*NAMES, "one scan")], sizes=SIZES,
-        modalities=tuple(SIZES), fingerprint="",
+        modalities=tuple(SIZES), identity={"data": ""},
         volumes=lambda members: {modality: torch.full((len(members), 1, *size), 0.25)
                                  for modality, size in SIZES.items()})
     return build

@@ -152,7 +152,7 @@ FIELDS = [("options/timesteps", 0), ("options/timesteps", 10**9), ("options/time
           ("options/image_size", {"fmri": (0, 1, 2), "dmri": 9}), ("options/reduce", {"fmri": "sum", "dmri": "b0"}),
           ("options/coarse_samples", "1"), ("options", []), ("options", {}), ("step", -5), ("step", "5"),
           ("step", True), ("step", 2**70), ("best", math.nan), ("best", None), ("run_id", "../x"),
-          ("fingerprints", {}), ("fingerprints", {"data": 1}),
+          ("fingerprints", {}), ("fingerprints", {"data": 1}), ("seen_scans", "x"), ("seen_scans", [1]),
           ("ranges", {"fmri": (0.0, 1.0)}), ("ranges/fmri", (1.0, 1.0)),
           ("ranges/fmri", (0.0, math.inf)), ("ranges/fmri", ("0", "1")), ("affines/fmri", [[0.0] * 4] * 4),
           ("affines/fmri", [[math.nan] * 4] * 4), ("affines/fmri", [1.0]),
