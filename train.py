@@ -188,4 +188,4 @@ class Stage1(Stage):
         print(f"\nStage 1 is finished: {run.step} steps, best validation error {run.best_value:.4f} (mean of "
               f"{' and '.join(self.metrics)}).\nPictures: {self.folder}. Model: {run.best}\n"
               f"Next: stage 2, the same command with --refine --resume_path {run.best}\n"
-              "Or train longer: the same command with higher opt.epochs")
+              "Or train longer: the same command with higher opt.epochs (or opt.max_steps, if it is set)")

@@ -162,7 +162,7 @@ class Stage2(Stage):
               f"{len(self.study.roles['test'])} test pairs:\n{summary(rows)}\n"
               f"Metrics: {self.folder / 'metrics.csv'}. Pictures: {self.folder}. Model: {run.best}\n"
               f"Next: translate scans with python sample.py --resume_path {run.best} --data_root YOUR_SCANS\n"
-              "Or train longer: the same command with higher opt.refine_epochs")
+              "Or train longer: the same command with higher opt.refine_epochs (or opt.max_steps, if it is set)")
 
     def report(self, network: Translator) -> list[dict]:
         """Rows of metrics.csv: every test pair, direction, volume (refined, coarse, mean, source) and region."""

@@ -214,8 +214,9 @@ def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
     try:
         sizes = opt.image_sizes()
     except UserError as error:  # only with --check, which suggests sizes: otherwise opt.validate refuses them
-        problems.append(Problem("opt.image_size", str(error).removeprefix("opt.image_size "), "set it as suggested",
-                                "all", fatal="image_size" in opt.edited))
+        given = "image_size" in opt.edited
+        problems.append(Problem("opt.image_size", str(error) if given else f"not given for {', '.join(opt.modalities)}",
+                                "set it as suggested", "all", fatal=given))
         sizes = dict.fromkeys(opt.modalities)
     reduce, intensity = opt.per_modality("reduce"), opt.per_modality("intensity")
     return pairs, problems, {name: Reading(name, sizes[name], reduce[name], opt.resize, intensity[name])

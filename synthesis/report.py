@@ -44,15 +44,20 @@ def write_pair_tables(folder: Path, modalities: tuple[str, str]) -> None:
 
 def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[float, float]]) -> None:
     """Save synthesis.png with some of the visits or new pairs, one row each. Raises UserError."""
-    shown, rows = sorted({round(position) for position in np.linspace(0, len(visits) - 1, VISITS_SHOWN)}), []
-    for pair, scans in (visits[position] for position in shown):
+    shown, rows = [], []
+    for missing in (True, False):  # first those that lack a scan
+        those = [visit for visit in visits if (len(visit[1]) == 1) == missing]
+        places = np.linspace(0, len(those) - 1, min(len(those), VISITS_SHOWN - len(shown))).round().astype(int)
+        shown += [those[place] for place in places]
+    for pair, scans in shown:
         panels = {(modality, "real"): Panel(load_volume(file), spacing_of(np.array(metadata["affine"])))
                   for modality, (file, metadata) in scans.items()}
         for target, (low, high) in ranges.items():
             if scans and not scans.keys() - {target}:
                 continue  # it has no source
             file, std = (volume_path(folder, pair, target, kind) for kind in ("synth", "std"))
-            scan, scores = read_volume(file, "first"), scores_in(read_sidecar(file))
+            scan, sidecar = read_volume(file, "first"), read_sidecar(file)
+            scores = scores_in(sidecar)
             size, affine, truth = scan.voxels.shape, scan.affine, panels.get((target, "real"))
             if truth:  # all on its grid
                 size, affine = truth.volume.shape, np.array(scans[target][1]["affine"])
@@ -63,7 +68,7 @@ def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[flo
             if std.exists():
                 deviation = on_grid(read_volume(std, "first"), size, affine) * 2 / (high - low)
                 panels[target, "deviation"] = Panel(deviation, spacing, kind="deviation")
-        rows.append((f"{pair.name}\n{pair.group}", panels))
+        rows.append((f"{pair.name}\n{pair.group}\n{TRAINED_ON * sidecar.get('TrainedOn', False)}", panels))
     columns = [(modality, kind) for modality in ranges for kind in KINDS
                if any((modality, kind) in panels for _, panels in rows)]
     save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)} visits",

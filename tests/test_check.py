@@ -79,7 +79,7 @@ def test_a_study_that_is_ready_unless_an_option_is_wrong_and_a_stop(study_csv, t
     printed = capsys.readouterr().out
     for part in ("6 pairs", "12x13x11 (6)", "14x14x14 (6)", "RAS (6)", f"{SUGGESTION}\nlook at", "ready to train: 0"):
         assert part in printed
-    assert "Next: run the same command without --check" in printed
+    assert "Next: the same command without --check" in printed
     assert rows(tmp_path) == [] and not list((tmp_path / "cache").glob("*"))
     wrong = ["--folds", "9", "--fold", "8", "--image_size", "12", "--exclude", "sub-99"]
     assert main.main(words(study_csv, tmp_path, *wrong)) == 2

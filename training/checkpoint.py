@@ -87,7 +87,7 @@ class Checkpoint:
             self._load(newest, found[newest])
             self.best_value = found[self.best]["best"] if self.best in found else self.initial_best
             print(f"Resuming {newest} at step {self.step}.")
-            if self.best not in found:
+            if self.best not in found and found[newest]["best"] != self.initial_best:  # it was there
                 print(f"note: {self.best} is missing; the model of the next validation takes its place as the best")
         if not same_on_all_ranks(self.step, self.best_value, self.metadata["options"], self.metadata["fingerprints"]):
             raise UserError(f"{self.last}: the ranks do not all see the same checkpoints, data or settings; all "
@@ -117,8 +117,8 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
         what = ("is not a file: move it away" if os.path.exists(path) else
                 "there is no such checkpoint, or it may not be read")
         raise UserError(f"{path}: {what}. Set opt.resume_path to a checkpoint that exists: best_model.pth, which stage "
-                        "1 writes, to start stage 2, last_refine.pth, which contains its backbone, to resume it; leave "
-                        "it empty for stage 1")
+                        "1 writes, to start stage 2; last_refine.pth, which contains its backbone, to resume it; "
+                        "best_refine.pth for sample.py; leave it empty for stage 1")
     state = read_tensors(path, "a checkpoint of PDS")
     if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("stage") not in (STAGE_1, STAGE_2):
         raise UserError(f"{path}: is not a checkpoint of this version of PDS; train again, or use the version that "
