@@ -17,7 +17,7 @@ VIEWS = ((2, [0, 1], "LR"), (1, [0, 2], "LR"), (0, [1, 2], "PA"))  # axial, coro
 # kind of panel: colours at equal distances, values of the first and the last, legend
 SCALES = {"grey": (((0, 0, 0), (255, 255, 255)), -1, 1, ""),
           "difference": (((90, 200, 255), (20, 70, 200), (0, 0, 0), (210, 40, 20), (255, 190, 60)), -LARGEST,
-                         LARGEST, "difference: blue too dark, red too bright"),
+                         LARGEST, "difference; blue is too dark, red too bright"),
           "deviation": (((0, 0, 0), (120, 0, 90), (230, 60, 40), (255, 190, 60), (255, 255, 235)), 0.0,
                         LARGEST, "standard deviation")}
 
@@ -103,5 +103,5 @@ def save_grid(path: Path, title: str, columns: list[str], rows: list[tuple[str, 
         (_, low, high, words), y = SCALES[kind], bottom + 2 * TEXT * row
         bar = _colour(np.linspace(low, high, BAR)[None].repeat(TEXT, axis=0), kind)
         canvas.paste(Image.fromarray(bar.astype(np.uint8)), (left, y))
-        draw.text((left + BAR + 2 * GAP, y), f"{low:g} to {high:g}, of [-1, 1]: {words}", "white", font)
+        draw.text((left + BAR + 2 * GAP, y), f"{low:g} to {high:g} (volumes: -1 to 1), {words}", "white", font)
     replace_file(path, lambda file: canvas.save(file, format="PNG"))
