@@ -40,7 +40,7 @@ class TrainedModel:
     ranges: dict[str, tuple[float, float]]  # intensities, in file units, of -1 and 1
     affines: dict[str, np.ndarray]  # (4, 4), RAS, of the first training pair
     alignment: Alignment
-    seen_scans: set[str]  # hashes of the scans that it was trained or validated on
+    seen_scans: frozenset[str] = frozenset()  # hashes of the scans that it was trained or validated on
 
     def read(self, files: dict[str, Path], cache_dir: Path) -> dict[str, tuple[Path, dict]]:
         """The scans of a visit, as in training: modality -> cache file, metadata (data/cache.py). Raises DataError."""
@@ -127,4 +127,4 @@ def open_model(opt, device: torch.device) -> TrainedModel:
                   "Precision": precision_name(opt.precision, prior.dtype),
                   **{name: options[name] for name in SAMPLING_OPTIONS}}
     return TrainedModel(prior, refiner, options, sampling, provenance, tuple(readings), readings, ranges, affines,
-                        alignment, {*state.get("seen_scans", [])})
+                        alignment, frozenset(state.get("seen_scans", [])))
