@@ -88,7 +88,7 @@ class Options(Settings):
     # "late" (published): noisy target and source features meet only at the output; "early": the U-Net also receives the
     # target, the output the source
     fusion: Literal["late", "early"] = setting("early", affects="network")
-    # self-attention on levels of up to this many positions; 0: off
+    # self-attention on levels below the finest with at most this many positions; 0: off
     attention_tokens: int = setting(1024, at_least=0, affects="network")
     # dropout probability in the residual blocks
     dropout: float = setting(0.0, at_least=0, below=1, affects="network")

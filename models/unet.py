@@ -84,8 +84,8 @@ class UNet(nn.Module):
 
 
 class Detail(Recomputed):
-    """What patches cannot place: two convolutions of single voxels, of the features of the patches around them and of
-    the volumes there. (B, channels, X / patch, ...) and (B, volumes, X, Y, Z) -> (B, 1, X, Y, Z)."""
+    """What patches cannot place: two convolutions at full resolution, of the features of the patches around and of the
+    volumes there. (B, channels, X / patch, ...) and (B, volumes, X, Y, Z) -> (B, 1, X, Y, Z)."""
 
     def __init__(self, channels: int, patch: int, volumes: int):
         super().__init__()

@@ -53,7 +53,7 @@ class TrainedModel:
         for `Translator.translate`.
 
         "synth": what the model expects, plus realism x what a sample of the prior adds to the prior's expected volume:
-        the straight line from the least error (0) to a sample's texture (1), which is the best trade of both (Freirich
+        a straight line from little error (0) to a sample's texture (1), as between the two ends of the trade (Freirich
         et al. 2021). With uncertainty_samples also "std", the standard deviation of so many samples. Raises
         Interrupted.
         """
