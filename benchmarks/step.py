@@ -23,11 +23,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
 import torch
 from scipy.ndimage import zoom
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +39,7 @@ from train import Stage1
 from train_refine import Stage2
 from training.checkpoint import STAGE_1
 from training.distributed import all_reduce_sum, process_group, world_size
+from training.ema import EMA
 from training.launch import choose_device, precision_name
 from training.loop import Stage, fit
 from utils.arguments import parse_arguments
@@ -81,27 +84,19 @@ def train_steps(stage: Stage, warmup: int, steps: int, measure: Callable[[], obj
 
     The GPU is waited for only at the first and the last of them: in each step, that would slow it down.
     """
-    marks, first, calls, step = [], {0}, itertools.count(), itertools.count()  # first: micro-batches that begin a step
-    loss, micro_batches = stage.loss, stage.micro_batches
+    marks, done, update = [], itertools.count(1), EMA.update
 
-    def counted_micro_batches(batch: list[int]) -> list:  # `fit` calls this for each step, on a GPU one ahead
-        found = micro_batches(batch)
-        first.add(max(first) + len(found))
-        return found
-
-    def marked_loss(*arguments: object) -> tuple:  # and this for each micro-batch
-        if next(calls) in first and (number := next(step)) >= warmup:
+    def marked_update(ema: EMA, model: nn.Module) -> None:  # the last that `fit` calls in each step
+        update(ema, model)
+        if (number := next(done)) >= warmup:
             if stage.device.type == "cuda" and number in (warmup, warmup + steps):
                 torch.cuda.synchronize(stage.device)
             marks.append(measure())
             if number == warmup + steps:
                 raise Interrupted
-        return loss(*arguments)
 
-    stage.loss, stage.micro_batches = marked_loss, counted_micro_batches
-    with contextlib.suppress(Interrupted):
+    with mock.patch.object(EMA, "update", marked_update), contextlib.suppress(Interrupted):
         fit(stage)
-    stage.loss, stage.micro_batches = loss, micro_batches
     return marks
 
 
@@ -139,10 +134,11 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
         peak = (torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda"
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_GIB)
         added, counted = more(stage), min(steps, COUNTED_STEPS)
-        with Operations() as operations:
-            counts = train_steps(stage, warmup, counted, lambda: operations.count)
-        with FlopCounterMode(display=False) as counter:  # last: it keeps tensors
-            flops = train_steps(stage, warmup, counted, counter.get_total_flops)
+        with mock.patch("training.loop.Graphed", lambda function: function):  # a graph's operations cannot be seen
+            with Operations() as operations:
+                counts = train_steps(stage, warmup, counted, lambda: operations.count)
+            with FlopCounterMode(display=False) as counter:  # last: it keeps tensors
+                flops = train_steps(stage, warmup, counted, counter.get_total_flops)
         tflop = all_reduce_sum((flops[-1] - flops[0]) / counted / 1e12)[0]
         print(json.dumps({  # only the main rank's output is shown
             "stage": number, "sizes": "/".join("x".join(map(str, size)) for size in study.sizes.values()),

@@ -6,6 +6,7 @@ they do. Large volumes have versions of their own here.
 """
 
 import functools
+import importlib.util
 import math
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LARGE = 2**20  # values in a tensor of a GPU; smaller ones are fastest in the fewest operations
+TRITON = importlib.util.find_spec("triton") is not None  # only where PyTorch has it: on Linux
+FEWEST_CHANNELS = 8  # of a convolution on tensor cores; more are a multiple of it
 ONEDNN_MIN_SIZE = 20_480  # channels x X x Y above which PyTorch 2.14 uses oneDNN for a single volume, too
 
 
@@ -55,7 +58,7 @@ def resize_by_products(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return h.movedim(-1, 1)
 
 
-@functools.lru_cache(24)
+@functools.lru_cache(64)
 def linear_weights(n: int, new: int, device: torch.device) -> Tensor:
     """(new, n): interpolates an axis linearly; the outer edges coincide."""
     return F.interpolate(torch.eye(n)[None], size=new, mode="linear", align_corners=False)[0].mT.contiguous().to(device)
@@ -63,53 +66,11 @@ def linear_weights(n: int, new: int, device: torch.device) -> Tensor:
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """SiLU of the group-normalised volume."""
-    if is_large_on_gpu(x):
+    if is_large_on_gpu(x) and TRITON:
+        from models.fused_norm import NormSiLU  # here, because a CPU's run needs no Triton
+
         return NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return F.silu(norm(x))
-
-
-class NormSiLU(torch.autograd.Function):
-    """`norm_silu` in the dtype and layout of x; its sums and coefficients are float32.
-
-    Group normalisation is a scale and a shift per channel, which follow from the channel's sum and sum of squares; so
-    is the sum over the group in its gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        B, count = len(x), x[0].numel() // groups  # values of a group
-        with torch.autocast(x.device.type, enabled=False):
-            of_channels = (x.sum(dim=(2, 3, 4), dtype=torch.float32),
-                           torch.linalg.vector_norm(x, dim=(2, 3, 4), dtype=torch.float32).square())
-            mean, square = (each.view(B, groups, -1).sum(dim=2, keepdim=True) / count  # (B, groups, 1)
-                            for each in of_channels)
-            inverse = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
-            scale = weight.view(1, groups, -1) * inverse  # (B, groups, C / groups)
-            shift = bias.view(1, groups, -1) - mean * scale
-            ctx.save_for_backward(x, weight, mean, inverse, scale, shift)
-            return F.silu(scaled(x, scale, shift), inplace=True)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        x, weight, mean, inverse, scale, shift = ctx.saved_tensors
-        B, groups, count = *mean.shape[:2], x[0].numel() // mean.shape[1]
-        with torch.autocast(x.device.type, enabled=False):
-            inner = torch.ops.aten.silu_backward(gradient, scaled(x, scale, shift))  # of the normalised volume
-            sums = [each.sum(dim=(2, 3, 4), dtype=torch.float32).view(B, groups, -1) for each in (inner, inner * x)]
-            weights = weight.view(1, groups, -1)
-            of_shift, of_scale = ((weights * each).sum(dim=2, keepdim=True) for each in sums)  # (B, groups, 1)
-            slope = (of_shift * mean - of_scale) * inverse**3 / count
-            offset = -slope * mean - of_shift * inverse / count
-            of_x = scaled(x, slope.expand_as(scale), offset.expand_as(scale))
-            of_x.addcmul_(inner, scale.reshape(B, -1, 1, 1, 1))
-            of_weight = ((sums[1] - mean * sums[0]) * inverse).sum(dim=0).flatten()
-            return of_x, of_weight, sums[0].sum(dim=0).flatten(), None, None
-
-
-def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """shift + scale x with one coefficient per channel, computed in float32, in the dtype and layout of x."""
-    scale, shift = (each.reshape(len(x), -1, 1, 1, 1) for each in (scale, shift))
-    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:
@@ -134,14 +95,21 @@ def from_patches(x: Tensor, patch: int, size: torch.Size) -> Tensor:
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d that is as fast for a single small volume on a CPU as for several.
+    """nn.Conv3d without its slow cases: a single small volume on a CPU, few channels of a large one on a GPU.
 
-    PyTorch does not use oneDNN for it, which takes three times as long as convolving it twice (measured).
+    For the first, PyTorch does not use oneDNN, which takes three times as long as convolving it twice; for the second,
+    cuDNN has no tensor cores, and its gradient of a head's weights took a sixth of a training step (docs/speed.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1 and x.device.type == "cpu" and x[..., 0].numel() <= ONEDNN_MIN_SIZE:
             return super().forward(torch.cat([x, x]))[:1]
+        more_in, more_out = -self.in_channels % FEWEST_CHANNELS, -self.out_channels % FEWEST_CHANNELS
+        if (more_in or more_out) and is_large_on_gpu(x):
+            weight = F.pad(self.weight, (0, 0) * 3 + (0, more_in, 0, more_out))
+            x, weight = (each.contiguous(memory_format=torch.channels_last_3d)
+                         for each in (F.pad(x, (0, 0) * 3 + (0, more_in)), weight))
+            return self._conv_forward(x, weight, F.pad(self.bias, (0, more_out)))[:, :self.out_channels]
         return super().forward(x)
 
 

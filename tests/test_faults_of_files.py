@@ -83,7 +83,8 @@ def trained_optimiser(kind: str = "muon") -> tuple[nn.Module, Optimiser]:
     optimiser = Optimiser(model, 0.1, 1, 10, 1.0, kind)
     loss = model(torch.ones(3, 4)).square().mean()
     loss.backward()
-    optimiser.step(loss.detach(), 0)
+    optimiser.rate.fill_(0.1)
+    optimiser.step(loss.detach())
     return model, optimiser
 
 
@@ -118,7 +119,7 @@ def test_h1_an_expanded_element_is_copied_into_memory_of_its_own():
     before = [parameter.clone() for parameter in model.parameters()]
     loss = model(torch.ones(3, 4)).square().mean()
     loss.backward()
-    assert optimiser.step(loss.detach(), 1).isfinite().all()
+    assert optimiser.step(loss.detach()).isfinite().all()
     assert all((old != new).any() for old, new in zip(before, model.parameters()))
 
 
@@ -127,7 +128,7 @@ def test_h1_a_parameter_without_a_gradient_has_no_moments_and_the_run_resumes(tm
     optimisers = [Optimiser(model, 0.1, 1, 10, 1.0, "muon") for _ in range(2)]
     loss = model["used"](torch.ones(1, 2)).sum()
     loss.backward()
-    optimisers[0].step(loss.detach(), 0)
+    optimisers[0].step(loss.detach())
     one, other = optimisers[0].state_dict(), optimisers[1]
     assert [bool(moments) for moments in one["adam"]] == [True, False]
     other.load_state_dict(one)

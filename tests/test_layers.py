@@ -1,14 +1,17 @@
 """Building blocks: patches, convolutions, embeddings, attention."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models.layers
 from models.layers import (
     Attention,
     Conv3d,
-    NormSiLU,
     ResBlock,
     from_patches,
     resize_by_products,
@@ -16,6 +19,7 @@ from models.layers import (
     timestep_embedding,
     to_patches,
 )
+from tests.conftest import CHILD, ROOT
 
 
 @pytest.mark.parametrize("patch, grid", [(1, (5, 8, 7)), (2, (3, 4, 4)), (3, (2, 3, 3)), (4, (2, 2, 2))])
@@ -37,24 +41,51 @@ def test_a_convolution_and_its_gradient_are_those_of_pytorch(batch, kernel, stri
                                  for layer, output in zip(layers, outputs)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_the_fused_norm_and_its_gradient_are_those_of_pytorch_in_the_layout_of_the_volume(dtype, tolerance):
-    torch.manual_seed(0)
-    norm = nn.GroupNorm(4, 12)
-    nn.init.normal_(norm.weight, 1, 0.3)
-    nn.init.normal_(norm.bias)
-    x = (torch.randn(2, 12, 7, 6, 5) * 3 + 2).to(dtype).to(memory_format=torch.channels_last_3d)
-    results = []
-    for kind in ("fused", "reference"):
-        norm.zero_grad()
-        volume = x.clone().requires_grad_() if kind == "fused" else x.double().requires_grad_()
-        out = (NormSiLU.apply(volume, norm.weight, norm.bias, 4, norm.eps) if kind == "fused" else
-               F.silu(F.group_norm(volume, 4, norm.weight.double(), norm.bias.double(), norm.eps)))
-        assert kind != "fused" or (out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last_3d))
-        (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-        results.append([each.double() for each in (out, volume.grad, norm.weight.grad, norm.bias.grad)])
-    for found, expected in zip(*results):
-        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+FUSED_NORM = """
+import torch
+import torch.nn.functional as F
+from models.fused_norm import NormSiLU
+
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+    for channels, groups, size in ((12, 4, (7, 6, 5)), (64, 8, (9, 16, 15))):  # the last in several programs
+        norm = torch.nn.GroupNorm(groups, channels)
+        torch.nn.init.normal_(norm.weight, 1, 0.3)
+        torch.nn.init.normal_(norm.bias)
+        x = (torch.randn(2, channels, *size) * 3 + 2).to(dtype).to(memory_format=torch.channels_last_3d)
+        results = []
+        for fused in (True, False):
+            norm.zero_grad()
+            volume = x.clone().requires_grad_() if fused else x.double().requires_grad_()
+            out = (NormSiLU.apply(volume, norm.weight, norm.bias, groups, norm.eps) if fused else
+                   F.silu(F.group_norm(volume, groups, norm.weight.double(), norm.bias.double(), norm.eps)))
+            assert not fused or (out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last_3d))
+            (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+            results.append([each.double() for each in (out, volume.grad, norm.weight.grad, norm.bias.grad)])
+        for found, expected in zip(*results):
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max(), (dtype, channels)
+"""
+
+
+def test_the_fused_norm_and_its_gradient_are_those_of_pytorch_in_the_layout_of_the_volume():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", FUSED_NORM], cwd=ROOT, capture_output=True, text=True,
+                          env={**CHILD, "TRITON_INTERPRET": "1"})  # on the CPU, read where Triton is imported
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("n_in, n_out, kernel, stride", [(3, 8, 3, 1), (8, 1, 3, 1), (11, 5, 3, 2), (2, 8, 1, 1)])
+def test_a_convolution_of_few_channels_is_the_same_with_more(monkeypatch, n_in, n_out, kernel, stride):
+    layer, x = Conv3d(n_in, n_out, kernel, stride, padding=kernel // 2), torch.randn(2, n_in, 7, 6, 5)
+    results, volumes = [], []
+    for large in (False, True):
+        monkeypatch.setattr(models.layers, "is_large_on_gpu", lambda x: large)  # noqa: B023
+        monkeypatch.setattr(F, "conv3d", lambda x, *more, conv3d=F.conv3d: volumes.append(x.shape) or conv3d(x, *more))
+        volume = x.clone().requires_grad_()
+        out = layer(volume)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [volume, layer.weight, layer.bias])])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert volumes[0][1] == n_in and volumes[1][1] == -(-n_in // 8) * 8
 
 
 @pytest.mark.parametrize("size", [(9, 4, 5), (14, 13, 10), (7, 6, 5), (3, 6, 9)])

@@ -31,7 +31,8 @@ def linear(**changes) -> tuple[nn.Linear, Optimiser]:
 def step(optimiser: Optimiser, loss: torch.Tensor, number: int = 0) -> tuple[bool, float]:
     """Whether it was taken, and the gradient norm."""
     optimiser.scale(loss).backward()
-    norm = optimiser.step(loss.detach(), number).item()
+    optimiser.rate.fill_(optimiser.learning_rate(number))
+    norm = optimiser.step(loss.detach()).item()
     return optimiser.judge(loss.item(), norm, optimiser.loss_scale.item(), "step 1"), norm
 
 
@@ -48,7 +49,7 @@ def test_gradients_are_unscaled_clipped_and_cleared(float16):
     (model, optimiser), gradients = linear(float16=float16), []
     model.weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad))
     taken, norm = step(optimiser, model(torch.full((2,), 100.0)).sum())
-    assert taken and norm == pytest.approx(20_001**0.5) and optimiser.adam.param_groups[0]["lr"] == 0.025  # the first
+    assert taken and norm == pytest.approx(20_001**0.5) and optimiser.rate == torch.tensor(0.025)  # the first
     assert gradients[0].norm() == pytest.approx(1, abs=1e-3) and model.weight.grad is None
 
 
@@ -101,7 +102,7 @@ def test_muon_takes_the_steps_of_torch():
         gradients, ok = [torch.randn_like(matrix) for matrix in ours], number != 3
         if not ok:
             gradients[0][0, 0] = torch.nan  # the step is not taken, and leaves no trace
-        muon.step(gradients, 0.02, torch.tensor(ok))
+        muon.step(gradients, torch.tensor(0.02), torch.tensor(ok))
         if ok:
             for matrix, gradient in zip(theirs, gradients):
                 matrix.grad = gradient
@@ -144,7 +145,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_state_and_nothing_waits_fo
         loss = factor * sum(output.square().mean() for output in network(noise(), T5).values())
         optimiser.scale(loss).backward()
         with NothingWaits():
-            return optimiser.step(loss.detach(), 0)
+            return optimiser.step(loss.detach())
     take(1)
     state = copy.deepcopy([network.state_dict(), optimiser.state_dict()])
     assert not take(math.inf).isfinite().all()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.augment import PairTransform
@@ -35,12 +35,12 @@ from training.distributed import (
 from training.ema import EMA
 from training.log import Log, write_run_record
 from training.optimise import DECAY_FRACTION, Optimiser
-from utils.device import Numbers, one_ahead
+from utils.device import CALLS_BEFORE_GRAPH, Graphed, Numbers, one_ahead
 from utils.errors import UserError
 from utils.figures import Panel, save_grid
 from utils.stop import Interrupted, stop
 
-TIMED_STEPS = 10  # after the first step; then the time of an epoch is printed
+WARM_UP_STEPS, TIMED_STEPS = 1 + CALLS_BEFORE_GRAPH, 10  # then the time of an epoch is printed
 MicroBatch = tuple[str, list[int], float]  # target; places in the batch, 0 .. B - 1; weight of its loss
 
 
@@ -160,6 +160,21 @@ def fit(stage: Stage) -> bool:
             batch = training_batch(members, opt.batch_size, opt.seed, step)
             yield batch, [(each, stage.load(each, batch, step)) for each in stage.micro_batches(batch)]
 
+    def forward_backward_step(loaded: list[tuple[MicroBatch, tuple]]) -> tuple[list[str], Tensor]:
+        """Names and values of the loss and its terms, and gradient norm and loss scale; all stay on the device."""
+        sums = {}
+        for number, (micro_batch, data) in enumerate(loaded, start=1):
+            network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
+            loss, terms = stage.loss(network, micro_batch, data)
+            optimiser.scale(loss).backward()
+            for name, value in {"loss": loss, **terms}.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        values = sum_over_ranks(torch.stack(list(sums.values())))
+        norm = optimiser.step(values[0])
+        return [*sums], torch.cat([values, norm[None], optimiser.loss_scale[None]])
+
+    take_step = Graphed(forward_backward_step) if on_gpu and world_size() == 1 else forward_backward_step
+
     def read_numbers() -> None:
         """Log the last step, whose numbers have come from the device by now."""
         nonlocal unread
@@ -211,26 +226,16 @@ def fit(stage: Stage) -> bool:
 
             # ---- One step: load, forward, loss, backward, optimiser. On a GPU, nothing here waits for it
             batch, loaded = next(steps)
-            jobs = sum(len(places) for (_, places, _), _ in loaded)
-            torch.backends.cudnn.benchmark = jobs == 2 * opt.batch_size and world_size() == 1  # of one shape
             torch.manual_seed(keyed_generator(opt.seed, Purpose.DROPOUT, run.step, rank()).initial_seed())  # dropout
-            sums = {}  # of this rank: the loss and its terms
-            for number, (micro_batch, data) in enumerate(loaded, start=1):
-                network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
-                loss, terms = stage.loss(network, micro_batch, data)
-                optimiser.scale(loss).backward()
-                for name, value in {"loss": loss, **terms}.items():
-                    sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-            torch.backends.cudnn.benchmark = False
-            values = sum_over_ranks(torch.stack(list(sums.values())))
-            norm = optimiser.step(values[0], run.step)
+            optimiser.rate.fill_(optimiser.learning_rate(run.step))
+            names, numbers = take_step(loaded)
             ema.update(stage.network)
             read_numbers()  # of the step before
             run.step += 1
-            unread = run.step, batch, [*sums], Numbers(torch.cat([values, norm[None], optimiser.loss_scale[None]]))
-            if run.step == start + 1:  # the first step also warms up
+            unread = run.step, batch, names, Numbers(numbers)
+            if run.step == start + WARM_UP_STEPS:
                 clock = time.perf_counter()
-            if run.step == start + 1 + TIMED_STEPS:
+            if run.step == start + WARM_UP_STEPS + TIMED_STEPS:
                 seconds = (time.perf_counter() - clock) / TIMED_STEPS
                 bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.2g} min per epoch, "
                           f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)"

@@ -50,7 +50,7 @@ class Muon:
                 start = end
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor | None], rate: float, ok: Tensor) -> None:
+    def step(self, gradients: list[Tensor | None], rate: Tensor, ok: Tensor) -> None:
         """Take a step, or none, and leave the momenta, where `ok` is False: a tensor, for which nothing waits. Neither
         for a matrix without a gradient, as torch.optim does."""
         torch._foreach_copy_(self._gradients, [momentum if gradient is None else gradient
@@ -62,13 +62,14 @@ class Muon:
         for group in self._groups:
             orthogonalise_(group)
         torch._foreach_copy_(self._of_shapes, self._padded)
-        self._gradient.mul_(ok)
+        rate = rate * ok
+        self._gradient.mul_(rate)
         torch._foreach_mul_([matrix for matrix, gradient in zip(self.matrices, gradients) if gradient is not None],
-                            1 - rate * self.weight_decay * ok)
+                            1 - rate * self.weight_decay)
         for scale, places in self._by_scale.items():
             if moved := [place for place in places if gradients[place] is not None]:
                 torch._foreach_add_([self.matrices[place] for place in moved],
-                                    [self._gradients[place] for place in moved], alpha=-rate * scale)
+                                    [self._gradients[place] for place in moved], alpha=-scale)
 
 
 def orthogonalise_(matrices: Tensor) -> Tensor:

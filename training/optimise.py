@@ -38,13 +38,15 @@ class Optimiser:
         hidden = {name: p for name, p in named.items() if kind == "muon" and p.ndim > 1
                   and not set(name.split(".")) & OUTER_LAYERS}
         self.hidden = list(hidden.values())
-        self.adam = torch.optim.Adam([p for name, p in named.items() if name not in hidden], lr=learning_rate,
-                                     fused=True)
+        device = self.parameters[0].device
+        self.rate = torch.tensor(float(learning_rate), device=device)  # of the next step
+        self.adam = torch.optim.Adam([p for name, p in named.items() if name not in hidden], fused=True,
+                                     capturable=device.type == "cuda")
+        self.adam.param_groups[0]["lr"] = self.rate
         self.muon = Muon([as_matrix(p.detach(), p) for p in self.hidden], MUON_DECAY) if hidden else None
         self.momenta = self.muon.momenta if self.muon else []
         self.peak, self.warmup, self.total, self.clip = learning_rate, warmup_steps, total_steps, gradient_clip
         self.float16, self.bad_in_a_row = float16, 0
-        device = self.parameters[0].device
         self.loss_scale = torch.tensor(FIRST_SCALE if float16 else 1.0, device=device)
         self.since_overflow = torch.zeros((), dtype=torch.int32, device=device)
 
@@ -62,22 +64,21 @@ class Optimiser:
         loss = loss * self.loss_scale if self.float16 else loss
         return loss * world_size() if world_size() > 1 else loss
 
-    def step(self, loss: Tensor, step: int) -> Tensor:
-        """Take step 0, 1, ... on the gradients of `loss` (summed over the ranks), and clear them.
+    def step(self, loss: Tensor) -> Tensor:
+        """Take a step of `rate` on the gradients of `loss` (summed over the ranks), and clear them.
 
         A step that is not finite changes neither weights nor momenta. Returns the gradient norm, still on the device:
         with the loss scale after the step, it is for `judge`.
         """
         if self.float16:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.loss_scale)
-        norm, rate = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf), self.learning_rate(step)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
         ok = (norm + loss).abs() < math.inf
-        skip = 1 - ok.float()
-        self.adam.found_inf, self.adam.param_groups[0]["lr"] = skip, rate
+        self.adam.found_inf = 1 - ok.float()  # then it skips the step
         self.adam.step()
         if self.muon:
             gradients = [None if p.grad is None else as_matrix(p.grad, p) for p in self.hidden]
-            self.muon.step(gradients, MUON_RATE * rate, ok)
+            self.muon.step(gradients, MUON_RATE * self.rate, ok)
         if self.float16:
             overflow = (loss.abs() < math.inf) & ~ok  # a loss that is not finite says nothing about the scale
             torch._amp_update_scale_(self.loss_scale, self.since_overflow, overflow.float(), 2.0, 0.5,

@@ -1,13 +1,17 @@
-"""Keep a GPU busy: data of the next step in a thread, numbers of the last one read later, no wait in between.
+"""Keep a GPU busy: data of the next step in a thread, a step as one graph, numbers of the last one read later.
 
 On a CPU, which computes everything itself, the same calls do their work at once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+CALLS_BEFORE_GRAPH = 2  # PyTorch then has made what a graph cannot: constants, moments, workspaces
+MOST_GRAPHS = 8
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -27,6 +31,51 @@ def one_ahead(items: Iterable, in_thread: bool, device: torch.device) -> Iterato
         while (item := coming.result()) is not end:
             coming = thread.submit(next, iterator, end)
             yield item
+
+
+def mapped(change: Callable[[Tensor], object], value: object) -> object:
+    """The same tuples, lists and dicts, with change(tensor) in the place of each tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(change, each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(change, each) for each in value)
+    return value
+
+
+class Graphed:
+    """A function on a GPU that starts all of its kernels at once: as a CUDA graph, recorded for each shape of its data.
+
+    To start them one by one from Python takes several times as long as to run them (docs/speed.md). The function must
+    not wait for the GPU, and what it uses besides its data must stay where it is in memory. Results lie in memory that
+    the next call overwrites.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.pool = function, torch.cuda.graph_pool_handle()
+        self.calls, self.recorded = Counter(), {}
+
+    def __call__(self, data: object) -> object:
+        tensors = []
+        shapes = repr(mapped(lambda tensor: tensors.append(tensor) or (tensor.shape, tensor.dtype), data))
+        if shapes not in self.recorded:
+            self.calls[shapes] += 1
+            if self.calls[shapes] <= CALLS_BEFORE_GRAPH or len(self.recorded) == MOST_GRAPHS:
+                return self.function(data)
+            self.recorded[shapes] = self.record(data)
+        graph, inputs, results = self.recorded[shapes]
+        torch._foreach_copy_(inputs, tensors)
+        graph.replay()
+        return results
+
+    def record(self, data: object) -> tuple[torch.cuda.CUDAGraph, list[Tensor], object]:
+        graph, inputs, own = torch.cuda.CUDAGraph(), [], mapped(Tensor.clone, data)
+        mapped(inputs.append, own)
+        # thread_local: the thread that makes the next step's data may go on
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            results = self.function(own)
+        return graph, inputs, results
 
 
 class Numbers:
