@@ -74,7 +74,8 @@ PLAN = [("correctness",), ("paper", 1, "auto"), ("small", 1, "auto"), ("small", 
 REHEARSAL = [("correctness",), ("small", 1, "fp32"), ("paper", 2, "fp32"), ("demo",)]
 NUMBER_OF_STEPS = {"small": (5, 20), "paper": (3, 8)}  # to warm up, and timed
 DEVICE_EVENTS = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories in a trace of torch.profiler
-GROUPS = {"compiled": r"^triton", "attention": r"sdpa|flash|fmha|attention|softmax",  # the first that matches counts
+GROUPS = {"norm and SiLU": r"^(sum|map)_kernel",  # the first that matches counts
+          "attention": r"sdpa|flash|fmha|attention|softmax",
           "changes of layout": r"nchwToNhwc|nhwcToNchw|convertTensor|transpose",
           "convolutions": r"cudnn|conv|fprop|dgrad|wgrad|winograd|implicit|vol2col|col2vol",
           "matrix products": r"gemm|nvjet|cutlass|cublas|dot_kernel", "copies": r"^Mem(cpy|set)", "others": ""}

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 LARGE = 2**20  # values in a tensor of a GPU; smaller ones are fastest in the fewest operations
 TRITON = importlib.util.find_spec("triton") is not None  # only where PyTorch has it: on Linux
-FEWEST_CHANNELS = 8  # of a convolution on tensor cores; more are a multiple of it
 ONEDNN_MIN_SIZE = 20_480  # channels x X x Y above which PyTorch 2.14 uses oneDNN for a single volume, too
 
 
@@ -95,21 +94,14 @@ def from_patches(x: Tensor, patch: int, size: torch.Size) -> Tensor:
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d without its slow cases: a single small volume on a CPU, few channels of a large one on a GPU.
+    """nn.Conv3d that is as fast for a single small volume on a CPU as for several.
 
-    For the first, PyTorch does not use oneDNN, which takes three times as long as convolving it twice; for the second,
-    cuDNN has no tensor cores, and its gradient of a head's weights took a sixth of a training step (docs/speed.md).
+    PyTorch does not use oneDNN for it, which takes three times as long as convolving it twice (measured).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1 and x.device.type == "cpu" and x[..., 0].numel() <= ONEDNN_MIN_SIZE:
             return super().forward(torch.cat([x, x]))[:1]
-        more_in, more_out = -self.in_channels % FEWEST_CHANNELS, -self.out_channels % FEWEST_CHANNELS
-        if (more_in or more_out) and is_large_on_gpu(x):
-            weight = F.pad(self.weight, (0, 0) * 3 + (0, more_in, 0, more_out))
-            x, weight = (each.contiguous(memory_format=torch.channels_last_3d)
-                         for each in (F.pad(x, (0, 0) * 3 + (0, more_in)), weight))
-            return self._conv_forward(x, weight, F.pad(self.bias, (0, more_out)))[:, :self.out_channels]
         return super().forward(x)
 
 

@@ -139,11 +139,11 @@ def test_kernels_are_summed_and_the_gpu_is_busy_where_one_runs():
     events = [{"name": name, "ts": start, "dur": duration} for name, start, duration in (
         ("sm90_xmma_fprop_implicit_gemm_f32", 0, 1000), ("Memcpy HtoD", 500, 1000),  # overlap for 500
         ("sm90_xmma_fprop_implicit_gemm_f32", 4000, 2000), ("vectorized_elementwise_kernel", 4500, 1000),  # inside
-        ("triton_poi_fused_convolution_silu", 6000, 500), ("cudnn::ops::nchwToNhwcKernel", 7000, 500))]
+        ("sum_kernel", 6000, 500), ("cudnn::ops::nchwToNhwcKernel", 7000, 500))]
     found = gpu.kernel_table(list(reversed(events)), 2)
     assert found["busy_ms"] == pytest.approx((1.5 + 2 + 0.5 + 0.5) / 2) and found["kernels"] == 3
     assert {name: share for name, share in found["shares"].items() if share} == pytest.approx(
-        {"convolutions": 0.5, "copies": 1 / 6, "others": 1 / 6, "compiled": 0.5 / 6, "changes of layout": 0.5 / 6})
+        {"convolutions": 0.5, "copies": 1 / 6, "others": 1 / 6, "norm and SiLU": 0.5 / 6, "changes of layout": 0.5 / 6})
     assert found["longest"][0] == {"name": events[0]["name"], "ms": 1.5, "calls": 1, "share": 0.5}
     assert gpu.kernel_table([], 2)["busy_ms"] is None
 

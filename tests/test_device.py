@@ -1,5 +1,6 @@
 """Keeping a GPU busy, as far as a CPU can show it: threads, numbers read late, and steps on a GPU that is not there."""
 
+import contextlib
 import threading
 
 import pytest
@@ -20,7 +21,7 @@ from train_refine import Stage2
 from training.checkpoint import STAGE_1
 from training.loop import Stage
 from training.optimise import Optimiser
-from utils.device import Numbers, one_ahead
+from utils.device import CALLS_BEFORE_GRAPH, Graphed, Numbers, one_ahead
 
 GPU = torch.device("cuda:0")
 
@@ -46,6 +47,39 @@ def test_items_are_made_one_ahead_and_errors_come_in_their_place(in_thread):
     next(steps := one_ahead(range(9), in_thread, torch.device("cpu")))
     steps.close()
     assert threading.active_count() == before
+
+
+class Replay:
+    """Stands in for torch.cuda.CUDAGraph: computes the recorded function again, from the same memory into the same."""
+
+    def replay(self) -> None:
+        self.results.copy_(self.function(self.data))
+
+
+def test_a_function_is_recorded_for_each_shape_of_its_data_and_replayed(monkeypatch):
+    def record(data):
+        graph, inputs, results = plain_record(steps, data)
+        graph.function, graph.data, graph.results = function, seen[-1], results
+        return graph, inputs, results
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    seen = []
+
+    def function(data):
+        (kind, scale, nothing), volumes = data
+        seen.append(data)
+        assert kind == "a" and nothing is None
+        return scale * volumes["x"] + volumes["y"].sum()
+    steps = Graphed(function)
+    plain_record, steps.record = Graphed.record, record
+    for number in range(6):
+        for scale, size in ((2.0, 3), (2.0, 4), (5.0, 3)):
+            x, y = torch.full((size,), float(number)), torch.arange(2.0) + number
+            data = ("a", scale, None), {"x": x, "y": y}
+            assert torch.equal(steps(data), scale * x + y.sum())
+            assert (x == number).all()  # what is replayed has memory of its own
+    assert len(steps.recorded) == 3 and max(steps.calls.values()) == CALLS_BEFORE_GRAPH + 1
 
 
 def test_numbers_are_those_of_the_moment_they_were_sent():

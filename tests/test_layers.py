@@ -5,10 +5,8 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-import models.layers
 from models.layers import (
     Attention,
     Conv3d,
@@ -72,20 +70,6 @@ def test_the_fused_norm_and_its_gradient_are_those_of_pytorch_in_the_layout_of_t
     done = subprocess.run([sys.executable, "-c", FUSED_NORM], cwd=ROOT, capture_output=True, text=True,
                           env={**CHILD, "TRITON_INTERPRET": "1"})  # on the CPU, read where Triton is imported
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("n_in, n_out, kernel, stride", [(3, 8, 3, 1), (8, 1, 3, 1), (11, 5, 3, 2), (2, 8, 1, 1)])
-def test_a_convolution_of_few_channels_is_the_same_with_more(monkeypatch, n_in, n_out, kernel, stride):
-    layer, x = Conv3d(n_in, n_out, kernel, stride, padding=kernel // 2), torch.randn(2, n_in, 7, 6, 5)
-    results, volumes = [], []
-    for large in (False, True):
-        monkeypatch.setattr(models.layers, "is_large_on_gpu", lambda x: large)  # noqa: B023
-        monkeypatch.setattr(F, "conv3d", lambda x, *more, conv3d=F.conv3d: volumes.append(x.shape) or conv3d(x, *more))
-        volume = x.clone().requires_grad_()
-        out = layer(volume)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [volume, layer.weight, layer.bias])])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    assert volumes[0][1] == n_in and volumes[1][1] == -(-n_in // 8) * 8
 
 
 @pytest.mark.parametrize("size", [(9, 4, 5), (14, 13, 10), (7, 6, 5), (3, 6, 9)])

@@ -69,7 +69,7 @@ def set_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of opt.precision, for autocast; also says whether convolutions of float32 are TF32. Raises UserError.
 
     "auto" is bfloat16 where the hardware multiplies matrices in it: a CPU that only converts to it (AVX512-BF16 without
-    AMX) is 1.5 times slower than in float32 (measured). On GPUs not yet measured.
+    AMX) is 1.5 times slower than in float32. An H100 takes 1.8 times as long in TF32 as in bfloat16. Both measured.
     """
     on_gpu = device.type == "cuda"
     if precision in ("auto", "tf32") and on_gpu:

@@ -173,7 +173,9 @@ def fit(stage: Stage) -> bool:
         norm = optimiser.step(values[0])
         return [*sums], torch.cat([values, norm[None], optimiser.loss_scale[None]])
 
-    take_step = Graphed(forward_backward_step) if on_gpu and world_size() == 1 else forward_backward_step
+    # Not recorded: several ranks, whose exchange is NCCL's, and gradient checkpointing, which asks for the random state
+    record = on_gpu and world_size() == 1 and not opt.gradient_checkpointing
+    take_step = Graphed(forward_backward_step) if record else forward_backward_step
 
     def read_numbers() -> None:
         """Log the last step, whose numbers have come from the device by now."""
@@ -197,8 +199,10 @@ def fit(stage: Stage) -> bool:
         if wait:
             run.finish_writing()
 
-    with tqdm(total=total, initial=run.step, unit="step") as bar, saved_where_a_file_fails(save), \
+    with tqdm(total=total, initial=run.step, unit="step") as bar, contextlib.ExitStack() as at_the_end, \
+            saved_where_a_file_fails(save), \
             contextlib.closing(one_ahead(loaded_steps(), on_gpu, stage.device)) as steps:
+        at_the_end.callback(run.finish_writing)
         while not stop_requested_on_any_rank():
             # ---- Validate, draw and save, at the top: a resumed run first does what is due at its step
             if pauses.is_due("validation", run.step):
@@ -243,7 +247,6 @@ def fit(stage: Stage) -> bool:
                              if on_gpu else ""))
         if not finished:
             save()
-    run.finish_writing()
     if not finished:
         print(f"Stopped at step {run.step} of {total} ({stop.reason}); run the same command to resume.", flush=True)
         return False
