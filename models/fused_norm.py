@@ -34,8 +34,8 @@ def silu_gradient(z):
 
 
 @triton.jit
-def sum_kernel(x, gradient, scale, shift, sums, S, C, per_program,
-               BACKWARD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def sum_kernel(x, gradient, scale, shift, sums, S, C,
+               BACKWARD: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """sums (B, programs, 2, C): of y and of y x over the program's voxels, where y is x, or in the backward pass the
     gradient of the normalised volume, scale x + shift."""
     program, volume = tl.program_id(0), tl.program_id(1)
@@ -44,8 +44,8 @@ def sum_kernel(x, gradient, scale, shift, sums, S, C, per_program,
     if BACKWARD:
         gradient += volume.to(tl.int64) * S * C
         scale, shift = of_channels(scale, C, WIDTH), of_channels(shift, C, WIDTH)
-    for start in range(program * per_program, program * per_program + per_program, ROWS):
-        places, exist = tile(start, S, C, ROWS, WIDTH)
+    for number in range(TILES):
+        places, exist = tile((program * TILES + number) * ROWS, S, C, ROWS, WIDTH)
         values = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
         y = values
         if BACKWARD:
@@ -59,8 +59,8 @@ def sum_kernel(x, gradient, scale, shift, sums, S, C, per_program,
 
 
 @triton.jit
-def map_kernel(x, gradient, scale, shift, slope, offset, out, S, C, per_program,
-               BACKWARD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def map_kernel(x, gradient, scale, shift, slope, offset, out, S, C,
+               BACKWARD: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """out = SiLU(scale x + shift), or in the backward pass the gradient of x, with one coefficient per channel."""
     program, volume = tl.program_id(0), tl.program_id(1)
     x += volume.to(tl.int64) * S * C
@@ -69,8 +69,8 @@ def map_kernel(x, gradient, scale, shift, slope, offset, out, S, C, per_program,
     if BACKWARD:
         gradient += volume.to(tl.int64) * S * C
         slope, offset = of_channels(slope, C, WIDTH), of_channels(offset, C, WIDTH)
-    for start in range(program * per_program, program * per_program + per_program, ROWS):
-        places, exist = tile(start, S, C, ROWS, WIDTH)
+    for number in range(TILES):
+        places, exist = tile((program * TILES + number) * ROWS, S, C, ROWS, WIDTH)
         values = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
         z = values * scale + shift
         if BACKWARD:
@@ -137,6 +137,5 @@ def grid_of(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     C, S = x.shape[1], x[0, 0].numel()
     width = triton.next_power_of_2(C)
     rows = max(1, TILE // width)
-    per_program = triton.cdiv(triton.cdiv(S, PROGRAMS), rows) * rows
-    return (triton.cdiv(S, per_program), len(x)), {"S": S, "C": C, "per_program": per_program, "ROWS": rows,
-                                                   "WIDTH": width}
+    tiles = triton.cdiv(S, rows * PROGRAMS)  # of a program
+    return (triton.cdiv(S, rows * tiles), len(x)), {"S": S, "C": C, "TILES": tiles, "ROWS": rows, "WIDTH": width}

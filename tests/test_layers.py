@@ -72,6 +72,21 @@ def test_the_fused_norm_and_its_gradient_are_those_of_pytorch_in_the_layout_of_t
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("backward, absent", [(False, {"gradient", "scale", "shift"}), (True, set())])
+def test_the_kernels_of_the_fused_norm_compile_for_a_gpu_that_is_not_here(backward, absent):
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    from models.fused_norm import map_kernel, sum_kernel
+    for kernel, nothing in ((sum_kernel, absent), (map_kernel, absent - {"scale", "shift"} | {"slope", "offset"})):
+        constants = {"BACKWARD": backward, "TILES": 2, "ROWS": 64, "WIDTH": 64,
+                     **{name: None for name in nothing if not backward and name in kernel.arg_names}}
+        signature = {name: "constexpr" if name in constants else "i32" if name in ("S", "C") else
+                     "*bf16" if name in ("x", "gradient", "out") else "*fp32" for name in kernel.arg_names}
+        source = compiler.ASTSource(kernel, signature, constants)
+        assert compiler.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]  # of an H100
+
+
 @pytest.mark.parametrize("size", [(9, 4, 5), (14, 13, 10), (7, 6, 5), (3, 6, 9)])
 def test_products_of_matrices_resize_as_pytorch_does(size):
     x = torch.randn(2, 3, 7, 6, 5).to(memory_format=torch.channels_last_3d).requires_grad_()
