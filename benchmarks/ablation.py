@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import run_child
 from benchmarks.step import run_case
 from utils.files import write_table, write_text
-from utils.metrics import paired_gain
+from utils.metrics import gain_text
 
 VARIANTS = {
     1: {"default": "", "Adam": "--optimiser adam --learning_rate 2e-3",
@@ -93,7 +93,7 @@ def table(rows: list[dict]) -> str:
             values = [run[column] for run in runs.values()]
             cells.append(f"{np.mean(values):.4g} +- {np.std(values, ddof=1) if len(values) > 1 else np.nan:.2g}")
             pairs = [[by_variant[name][seed][column] for seed in seeds] for name in ("default", variant)]
-            gains.append("{:+.3g} ({:+.3g} .. {:+.3g})".format(*paired_gain(*pairs)) if seeds else "")
+            gains.append(gain_text(*pairs, "+.3g") if seeds else "")
         lines.append(f"| {' | '.join([*cells, *gains])} |")
     return "\n".join(lines)
 

@@ -69,8 +69,10 @@ def translated(model: TrainedModel, study: Study) -> Labelled:
     return np.stack(features), np.array(groups)
 
 
-def new_subjects(folder: Path) -> list[Pair]:
-    """Write subjects like the demo's, which the demo does not have."""
+def new_subjects(settings, folder: Path) -> list[Pair]:
+    """Write subjects like the demo's, which the demo does not have; without any for another study."""
+    if settings.data_root != demo.DEMO_ROOT:
+        return []
     anatomies, pairs = [demo.Anatomy(demo.SUBJECTS + number) for number in range(NEW_SUBJECTS)], []
     with ThreadPoolExecutor(2) as pool:
         for anatomy, images in zip(tqdm(anatomies, desc="new subjects"), pool.map(demo.scan, anatomies)):
@@ -115,10 +117,10 @@ def report(table: Path, settings) -> None:
     synthetic = read(pairs, cache)
     real, test = (read([study.pairs[i] for i in study.roles[role]], cache) for role in ("train", "test"))
     tests, names = [test], [f"{len(test[1])} test subjects"]
-    if settings.data_root == demo.DEMO_ROOT:
-        with tempfile.TemporaryDirectory() as folder:
-            tests.append(read(new_subjects(Path(folder)), Path(folder) / "cache"))
-        names.append(f"{NEW_SUBJECTS} new subjects")
+    with tempfile.TemporaryDirectory() as folder:
+        if new := new_subjects(settings, Path(folder)):
+            tests.append(read(new, Path(folder) / "cache"))
+            names.append(f"{len(new)} new subjects")
     random, chance = np.random.default_rng(0), 1 / len(set(real[1]))
     draws = [draw_alike(synthetic[1], real[1], random) for _ in range(DRAWS)]
     by_draw = np.array([accuracies((synthetic[0][draw], synthetic[1][draw]), tests) for draw in draws])

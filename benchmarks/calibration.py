@@ -32,7 +32,7 @@ from models.diffusion import name_key
 from synthesis.model import TrainedModel, open_model
 from training.launch import choose_device
 from utils.errors import UserError
-from utils.metrics import paired_gain
+from utils.metrics import gain_text
 
 BLOCK = 4  # voxels
 INTERVALS = (0.5, 0.9)
@@ -115,8 +115,8 @@ def table(found: dict[str, dict[str, list[dict]]]) -> str:
             cells = [f"{values[name].mean():.4f}" if "crps" in name else f"{values[name].mean():.2f}"
                      for name in COLUMNS]
             for name in COLUMNS[:2]:
-                gain = paired_gain(values[name], np.array([row[name] for row in ways[SAMPLES]]))
-                cells.append("" if way == SAMPLES else "{:+.4f} ({:+.4f} .. {:+.4f})".format(*gain))
+                of_samples = np.array([row[name] for row in ways[SAMPLES]])
+                cells.append("" if way == SAMPLES else gain_text(values[name], of_samples, "+.4f"))
             lines.append(f"| {direction} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

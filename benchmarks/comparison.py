@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.chart import save_chart
 from utils.files import write_text
-from utils.metrics import DIGITS, paired_gain
+from utils.metrics import DIGITS, gain_text
 
 COMPARED = ("psnr", "ssim")
 
@@ -38,8 +38,7 @@ def cells_of_gain(rows: list[dict], others: list[dict], name: str) -> tuple[str,
     for seeds in found.values():
         for seed, value in seeds.items():
             of_seed.setdefault(seed, []).append(value)
-    gain = paired_gain(means, np.zeros(len(means)))
-    return ("{:+.{d}f} ({:+.{d}f} .. {:+.{d}f})".format(*gain, d=digits),
+    return (gain_text(means, np.zeros(len(means)), f"+.{digits}f"),
             ", ".join(f"{np.mean(of_seed[seed]):+.{digits}f}" for seed in sorted(of_seed)))
 
 

@@ -24,7 +24,6 @@ from benchmarks.ablation import run_main
 from benchmarks.augmentation import new_subjects
 from benchmarks.comparison import save_report
 from benchmarks.step import run_case
-from data import demo
 from data.cache import load_volume
 from data.pairs import Pair
 from data.study import find_study, read_study
@@ -138,7 +137,7 @@ def main() -> None:
         parser.error(f"--arms: choose from {', '.join(known)}")
     arms, settings = {name: known[name] for name in own.arms or known}, parse_arguments(opt, PRESETS, base, "")
     with tempfile.TemporaryDirectory() as folder:
-        new = new_subjects(Path(folder)) if settings.data_root == demo.DEMO_ROOT else []
+        new = new_subjects(settings, Path(folder))
         for rows in compare(own, base, arms, new):
             text = save_report(own.out, rows, REFERENCE, "minutes", "minutes of training, both stages together")
     print(text, end="")

@@ -19,7 +19,6 @@ import numpy as np
 from benchmarks import equal_time
 from benchmarks.augmentation import new_subjects
 from benchmarks.comparison import save_report
-from data import demo
 from data.study import find_study, split_study
 from opt import PRESETS, opt
 from utils.arguments import parse_arguments
@@ -60,7 +59,7 @@ def main() -> None:
     settings, rows, text = parse_arguments(opt, PRESETS, base, ""), [], ""
     own.out = own.out.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        new = new_subjects(Path(folder)) if settings.data_root == demo.DEMO_ROOT else []
+        new = new_subjects(settings, Path(folder))
         for complete in own.pairs:
             out, before = own.out / f"{complete} pairs", rows
             options = base + write_study(out / "pairs.csv", settings, complete)

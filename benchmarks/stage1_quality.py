@@ -23,7 +23,7 @@ from models.samplers import Sampling
 from training.checkpoint import STAGE_1, read_checkpoint, refuse_another_run
 from training.launch import choose_device, set_precision
 from utils.errors import UserError
-from utils.metrics import basic_scores, paired_gain
+from utils.metrics import basic_scores, gain_text
 
 SAMPLES = 8  # per subject and direction, and per batch of joint samples
 JOINT = 24  # joint samples
@@ -109,8 +109,7 @@ def report(checkpoint: Path, settings) -> None:
         for label, key in ((f"the mean of {SAMPLES} samples", "psnr_mean"),
                            ("the mean training volume", "psnr_mean_volume"),
                            ("another subject's source", "psnr_swapped")):
-            gain, low, high = paired_gain(values["psnr_expected"], values[key])
-            print(f"    expected volume over {label}: {gain:+.2f} dB ({low:+.2f} .. {high:+.2f})")
+            print(f"    expected volume over {label}: {gain_text(values['psnr_expected'], values[key], '+.2f', ' dB')}")
     for modality, scores in joint_scores(prior, study, settings, JOINT).items():
         print(f"joint {modality}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()))
 

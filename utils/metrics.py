@@ -207,6 +207,12 @@ def paired_gain(first: np.ndarray, second: np.ndarray) -> tuple[float, float, fl
     return float(gain.mean()), float(interval.low), float(interval.high)
 
 
+def gain_text(first: np.ndarray, second: np.ndarray, form: str, unit: str = "") -> str:
+    """`paired_gain` in words, such as "+1.23 dB (+0.98 .. +1.50)"."""
+    gain, low, high = paired_gain(first, second)
+    return f"{gain:{form}}{unit} ({low:{form}} .. {high:{form}})"
+
+
 def summary(rows: list[dict]) -> str:
     """A table to print: PSNR and SSIM of the whole volumes of each kind, and how much better the refined ones are."""
     groups = {}
@@ -222,7 +228,6 @@ def summary(rows: list[dict]) -> str:
             spread = known.std() if np.isfinite(known).all() and known.size else math.nan
             line += f" {_mean(known):6.{digits}f} +- {spread:5.{digits}f}"
             if refined and volume != "refined":
-                gain, low, high = paired_gain(np.array(refined)[:, column], values)
-                gains += f"  {gain:+.{digits}f}{unit} ({low:+.{digits}f} .. {high:+.{digits}f})"
+                gains += "  " + gain_text(np.array(refined)[:, column], values, f"+.{digits}f", unit)
         lines.append(line + gains)
     return "\n".join(lines)
