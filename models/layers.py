@@ -6,16 +6,18 @@ they do. Large volumes have versions of their own here.
 """
 
 import functools
-import importlib.util
 import math
+import subprocess
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.tensors import one_line
+
 LARGE = 2**20  # values in a tensor of a GPU; smaller ones are fastest in the fewest operations
-TRITON = importlib.util.find_spec("triton") is not None  # only where PyTorch has it: on Linux
 ONEDNN_MIN_SIZE = 20_480  # channels x X x Y above which PyTorch 2.14 uses oneDNN for a single volume, too
 
 
@@ -65,11 +67,21 @@ def linear_weights(n: int, new: int, device: torch.device) -> Tensor:
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """SiLU of the group-normalised volume."""
-    if is_large_on_gpu(x) and TRITON:
-        from models.fused_norm import NormSiLU  # here, because a CPU's run needs no Triton
-
-        return NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    if is_large_on_gpu(x) and (fused := fused_norm_silu(x.device)):
+        return fused(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return F.silu(norm(x))
+
+
+@functools.lru_cache(1)
+def fused_norm_silu(device: torch.device) -> Callable[..., Tensor] | None:
+    """`norm_silu` in Triton, if it is there and can compile; otherwise prints a note."""
+    try:
+        from models.fused_norm import NormSiLU
+        NormSiLU.apply(torch.ones(1, 8, 1, 1, 1, device=device), *torch.ones(2, 8, device=device), 8, 1e-5)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # it also needs a C compiler
+        print(f"note: Triton does not work here ({one_line(error)}): a step on large volumes takes up to twice as long")
+        return None
+    return NormSiLU.apply
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:

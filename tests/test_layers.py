@@ -12,6 +12,7 @@ from models.layers import (
     Conv3d,
     ResBlock,
     from_patches,
+    fused_norm_silu,
     resize_by_products,
     resize_to,
     timestep_embedding,
@@ -70,6 +71,10 @@ def test_the_fused_norm_and_its_gradient_are_those_of_pytorch_in_the_layout_of_t
     done = subprocess.run([sys.executable, "-c", FUSED_NORM], cwd=ROOT, capture_output=True, text=True,
                           env={**CHILD, "TRITON_INTERPRET": "1"})  # on the CPU, read where Triton is imported
     assert done.returncode == 0, done.stderr
+
+
+def test_where_triton_cannot_compile_a_note_says_so(capsys):
+    assert fused_norm_silu(torch.device("cpu")) is None and "Triton does not work here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("backward, absent", [(False, {"gradient", "scale", "shift"}), (True, set())])
