@@ -37,7 +37,7 @@ from opt import names_affecting
 from training.checkpoint import STAGE_1, Checkpoint
 from training.distributed import is_main_rank, shard
 from training.launch import set_precision
-from training.loop import MicroBatch, Stage
+from training.loop import Stage
 from utils.device import to_device
 from utils.figures import save_grid
 from utils.metrics import basic_scores, quality
@@ -79,10 +79,10 @@ class Stage1(Stage):
         if is_main_rank() and self.opt.pattern_weight:
             self.draw_pattern()
 
-    def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
+    def load(self, target: str, places: list[int], batch: list[int], step: int) -> tuple:
         """Volumes, masks, noise and timesteps by modality, `Prior.expects`, and group indices; keyed by (seed, step,
         place, target)."""
-        (target, places, _), opt, study, group = micro_batch, self.opt, self.study, None
+        opt, study, group = self.opt, self.study, None
         x0, masks = load_batch(study, [batch[place] for place in places], self.transform(step, places), self.device)
         source, keys = self.network.source(target), [(step, place, study.modalities.index(target)) for place in places]
         noise = keyed_noise(study.sizes, *((opt.seed, Purpose.TRAINING, *key) for key in keys))
@@ -105,12 +105,11 @@ class Stage1(Stage):
         draw = torch.rand((), generator=keyed_generator(self.opt.seed, Purpose.GROUP, *key))
         return all(times) and bool(draw >= GROUP_DROPOUT)
 
-    def loss(self, network: nn.Module, micro_batch: MicroBatch, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        target, _, weight = micro_batch
+    def loss(self, network: nn.Module, target: str, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         x0, masks, noise, t, expected, group = data
         losses = replace(self.prior, network=network).loss(target, x0, noise, t, expected, group, masks[target],
                                                            self.opt.pattern_weight, self.opt.loss)
-        return weight * losses.mean(), {}
+        return losses.mean(), {}
 
     @torch.no_grad()
     def validate(self, network: nn.Module) -> Iterator[tuple[str, float]]:

@@ -25,7 +25,7 @@ from training.checkpoint import STAGE_1, STAGE_2, Checkpoint, content_hash, read
 from training.coarse import CoarseVolumes
 from training.distributed import is_main_rank, local_main_first, shard
 from training.launch import set_precision
-from training.loop import MicroBatch, Stage
+from training.loop import Stage
 from utils.device import to_device
 from utils.errors import UserError
 from utils.metrics import basic_scores, psnr, quality, score, summary, write_metrics
@@ -84,10 +84,9 @@ class Stage2(Stage):
     def begin(self) -> None:
         self.coarse.prepare()
 
-    def load(self, micro_batch: MicroBatch, batch: list[int], step: int) -> tuple:
+    def load(self, target: str, places: list[int], batch: list[int], step: int) -> tuple:
         """Source, truth, mask of the truth and, if the network is given one, coarse volume, each (B, 1, X, Y, Z); and
         the indices of missing sources."""
-        target, places, _ = micro_batch
         members, transform = [batch[place] for place in places], self.transform(step, places)
         volumes, masks = load_batch(self.study, members, transform, self.device)
         coarse = self.coarse.input(target, members)
@@ -99,8 +98,7 @@ class Stage2(Stage):
         return (volumes[source], volumes[target], masks[target], coarse,
                 to_device(torch.tensor(absent, dtype=torch.long), self.device))
 
-    def loss(self, network: nn.Module, micro_batch: MicroBatch, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        target, _, weight = micro_batch
+    def loss(self, network: nn.Module, target: str, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         source, truth, mask, coarse, absent = data
         with self.prior.autocast():
             if len(absent):  # back-translation: a synthetic source, by the weights of this step, for a real target
@@ -109,13 +107,12 @@ class Stage2(Stage):
             refined = network(target, source, coarse)
         truth = torch.where(truth.isnan(), refined.detach(), truth)  # where nothing is known, any answer is right
         loss = tissue_loss(refined, truth, mask, self.opt.pattern_weight)
-        logged = {"tissue_loss": weight * loss}
-        for name, (term_weight, term) in self.terms.items():
-            if term_weight:
-                value = term(refined, truth)
-                loss = loss + term_weight * value
-                logged[name] = weight * value
-        return weight * loss, logged
+        logged = {"tissue_loss": loss}
+        for name, (weight, term) in self.terms.items():
+            if weight:
+                logged[name] = term(refined, truth)
+                loss = loss + weight * logged[name]
+        return loss, logged
 
     def refined(self, network: Translator, target: str, i: int, flips: bool = False) -> Tensor:
         """The refined volume (1, 1, X, Y, Z) of pair i in [-1, 1], on the CPU."""

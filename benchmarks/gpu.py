@@ -46,7 +46,7 @@ PARTS = ("correctness", "speed", "demo")
 SIZES = {"fmri": (12, 13, 11), "dmri": (16, 17, 14)}
 TINY = ["--image_size", "fmri=12x13x11", "dmri=16x17x14", "--base_channels", "8", "--unet_depth", "2"]
 STEPS = 8
-SHORT = [*TINY, "--epochs=100", "--refine_epochs=100", "--batch_size=2", "--sampling_steps=3", "--folds=3",
+SHORT = [*TINY, "--epochs=100", "--refine_epochs=100", "--batch_size=3", "--sampling_steps=3", "--folds=3",
          "--warmup_steps=2", "--num_samples=1", "--validate_every=100", "--no-tensorboard", f"--max_steps={STEPS}",
          "--checkpoint_every=2", "--max_overhead=1", "--space=native", "--align=grid", "--learning_rate=1e-4",
          "--refine_learning_rate=1e-4"]
@@ -67,6 +67,9 @@ def kill(stage, batch):
     return micro_batches(stage, batch)
 Stage.micro_batches = kill
 runpy.run_path('main.py', run_name='__main__')"""
+# main.py with the operations that a GPU uses for large volumes only
+AS_LARGE = "import models.layers, runpy; models.layers.LARGE = 0; runpy.run_path('main.py', run_name='__main__')"
+PROGRAMS = {" until killed": KILLED, " as large": AS_LARGE}
 # The most important first: a part, or preset, stage and precision of a case of speed
 PLAN = [("correctness",), ("paper", 1, "auto"), ("small", 1, "auto"), ("small", 2, "auto"), ("paper", 2, "auto"),
         ("demo",), ("small", 1, "tf32"), ("paper", 1, "tf32"), ("small", 2, "tf32"), ("small", 1, "fp32"),
@@ -141,7 +144,7 @@ def correctness(folder: Path, device: str, precisions: tuple[str, ...], options:
         run = folder / name.removesuffix(" until killed")
         words = [*SHORT, *options, f"--data_root={table}", "--device", on, "--precision", precision, *more,
                  *(f"--{each}_dir={run / each}" for each in ("checkpoint", "result", "cache", "sample"))]
-        command = ["-c", KILLED] if name.endswith("until killed") else [program]
+        command = next((["-c", code] for end, code in PROGRAMS.items() if name.endswith(end)), [program])
         done[name] = pool.submit(lambda: child(command, words, ROOT, left(), OMP_NUM_THREADS="1"))
 
     def row(name: str, tolerance: float, measure: Callable[[Path, Path], float], *children: str) -> dict:
@@ -167,6 +170,7 @@ def correctness(folder: Path, device: str, precisions: tuple[str, ...], options:
         start(pool, "cpu", "cpu", "fp32")
         start(pool, "moved until killed", "cpu", "fp32")
         start(pool, "resumed until killed", device, "fp32")
+        start(pool, "fp32 as large", device, "fp32")
         for precision in precisions:
             start(pool, precision, device, precision)
     prior = ("--resume_path", str(folder / "cpu/checkpoint/best_model.pth"))
@@ -182,6 +186,8 @@ def correctness(folder: Path, device: str, precisions: tuple[str, ...], options:
             rows.append(row(f"{stage}: {'first loss' if steps == 1 else f'{steps} losses'}, {precision}, {place}",
                             TOLERANCES[precision][steps > 1], functools.partial(compare, stage, steps),
                             f"{prefix}{precision}", f"{prefix}cpu"))
+    rows.append(row(f"stage1: {STEPS} losses, operations of large volumes, fp32, {place}", TOLERANCES["fp32"][1],
+                    functools.partial(compare, "stage1", STEPS), "fp32 as large", "cpu"))
     tolerance = RESUMED if on_gpu else 0.0
     rows += [row(f"{words}, {place}", tolerance, compare_resumed, f"{name} until killed", name, reference)
              for words, name, reference in (("killed and resumed", "resumed", "fp32"),

@@ -196,6 +196,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--json", action="store_true")
     own, options = parser.parse_known_args()
+    if own.warmup < 1:
+        parser.error("--warmup: at least 1, the step that makes what later ones keep")
     modalities, rows = parse_arguments(opt, PRESETS, options, "").modalities, []
     for preset, size, stage, ranks in itertools.product(own.presets, own.sizes, own.stages, own.ranks):
         print(f"{preset}, {size}, stage {stage}, ranks: {ranks} ...", file=sys.stderr, flush=True)

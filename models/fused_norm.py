@@ -1,7 +1,7 @@
-"""Group normalisation and SiLU of large volumes on a GPU, in two passes over them (four in the gradient).
+"""Group normalisation and SiLU of large volumes on a GPU, in two passes over them, and two more in the gradient.
 
-PyTorch's need three times as long there: they leave the channels-last layout of the convolutions and the 16 bits of
-autocast, and come back (docs/speed.md). In Triton, which comes with PyTorch on Linux.
+PyTorch's leave the channels-last layout of the convolutions and the 16 bits of autocast, and come back (docs/speed.md
+has what that costs). In Triton, which comes with PyTorch on Linux.
 """
 
 import torch
@@ -14,10 +14,18 @@ PROGRAMS = 1024  # per volume, at most
 
 
 @triton.jit
-def tile(start, S, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Places of ROWS voxels from `start` on, all channels, and which of them exist; WIDTH: a power of 2 from C on."""
+def first_place(S, C, VOXELS: tl.constexpr):
+    """Where the program's VOXELS voxels begin in (B, S, C)."""
+    return (tl.program_id(1).to(tl.int64) * S + tl.program_id(0) * VOXELS) * C
+
+
+@triton.jit
+def tile(start, S, C, VOXELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Places of ROWS voxels from `start` on, of the program's, all channels, and which of them exist. WIDTH: a power of
+    2 from C on."""
     rows, channels = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    return rows[:, None] * C + channels[None, :], (rows < S)[:, None] & (channels < C)[None, :]
+    exist = (tl.program_id(0) * VOXELS + rows < S)[:, None] & (channels < C)[None, :]
+    return rows[:, None] * C + channels[None, :], exist
 
 
 @triton.jit
@@ -35,17 +43,16 @@ def silu_gradient(z):
 
 @triton.jit
 def sum_kernel(x, gradient, scale, shift, sums, S, C,
-               BACKWARD: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+               BACKWARD: tl.constexpr, VOXELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """sums (B, programs, 2, C): of y and of y x over the program's voxels, where y is x, or in the backward pass the
     gradient of the normalised volume, scale x + shift."""
-    program, volume = tl.program_id(0), tl.program_id(1)
     first, second = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-    x += volume.to(tl.int64) * S * C
+    x += first_place(S, C, VOXELS)
     if BACKWARD:
-        gradient += volume.to(tl.int64) * S * C
+        gradient += first_place(S, C, VOXELS)
         scale, shift = of_channels(scale, C, WIDTH), of_channels(shift, C, WIDTH)
-    for number in range(TILES):
-        places, exist = tile((program * TILES + number) * ROWS, S, C, ROWS, WIDTH)
+    for start in range(0, VOXELS, ROWS):
+        places, exist = tile(start, S, C, VOXELS, ROWS, WIDTH)
         values = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
         y = values
         if BACKWARD:
@@ -53,24 +60,23 @@ def sum_kernel(x, gradient, scale, shift, sums, S, C,
         first += tl.sum(y, axis=0)
         second += tl.sum(y * values, axis=0)
     channels = tl.arange(0, WIDTH)
-    sums += (volume * tl.num_programs(0) + program) * 2 * C + channels
+    sums += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 2 * C + channels
     tl.store(sums, first, mask=channels < C)
     tl.store(sums + C, second, mask=channels < C)
 
 
 @triton.jit
 def map_kernel(x, gradient, scale, shift, slope, offset, out, S, C,
-               BACKWARD: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+               BACKWARD: tl.constexpr, VOXELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """out = SiLU(scale x + shift), or in the backward pass the gradient of x, with one coefficient per channel."""
-    program, volume = tl.program_id(0), tl.program_id(1)
-    x += volume.to(tl.int64) * S * C
-    out += volume.to(tl.int64) * S * C
+    x += first_place(S, C, VOXELS)
+    out += first_place(S, C, VOXELS)
     scale, shift = of_channels(scale, C, WIDTH), of_channels(shift, C, WIDTH)
     if BACKWARD:
-        gradient += volume.to(tl.int64) * S * C
+        gradient += first_place(S, C, VOXELS)
         slope, offset = of_channels(slope, C, WIDTH), of_channels(offset, C, WIDTH)
-    for number in range(TILES):
-        places, exist = tile((program * TILES + number) * ROWS, S, C, ROWS, WIDTH)
+    for start in range(0, VOXELS, ROWS):
+        places, exist = tile(start, S, C, VOXELS, ROWS, WIDTH)
         values = tl.load(x + places, mask=exist, other=0.0).to(tl.float32)
         z = values * scale + shift
         if BACKWARD:
@@ -98,7 +104,7 @@ class NormSiLU(torch.autograd.Function):
         scale = weight.view(1, groups, -1) * inverse  # (B, groups, C / groups)
         shift = bias.view(1, groups, -1) - mean * scale
         ctx.save_for_backward(x, weight, mean, inverse, scale, shift)
-        return mapped(x, scale, shift)
+        return map_voxels(x, scale, shift)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
@@ -109,7 +115,7 @@ class NormSiLU(torch.autograd.Function):
         of_shift, of_scale = (both * weight.view(1, 1, groups, -1)).sum(dim=3, keepdim=True).unbind(dim=1)
         slope = (of_shift * mean - of_scale) * inverse**3 / count
         offset = -slope * mean - of_shift * inverse / count
-        of_x = mapped(x, scale, shift, gradient, *(each.expand_as(scale).contiguous() for each in (slope, offset)))
+        of_x = map_voxels(x, scale, shift, gradient, *(each.expand_as(scale).contiguous() for each in (slope, offset)))
         of_bias, of_weight = both.unbind(dim=1)
         of_weight = (of_weight - mean * of_bias) * inverse
         return of_x, of_weight.sum(dim=0).flatten(), of_bias.sum(dim=0).flatten(), None, None
@@ -124,7 +130,7 @@ def sums(x: Tensor, groups: int, gradient: Tensor | None = None, scale: Tensor |
     return parts.sum(dim=1).view(len(x), 2, groups, -1)
 
 
-def mapped(x: Tensor, scale: Tensor, shift: Tensor, gradient: Tensor | None = None, slope: Tensor | None = None,
+def map_voxels(x: Tensor, scale: Tensor, shift: Tensor, gradient: Tensor | None = None, slope: Tensor | None = None,
            offset: Tensor | None = None) -> Tensor:
     grid, sizes = grid_of(x)
     out = torch.empty_like(x)
@@ -137,5 +143,5 @@ def grid_of(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     C, S = x.shape[1], x[0, 0].numel()
     width = triton.next_power_of_2(C)
     rows = max(1, TILE // width)
-    tiles = triton.cdiv(S, rows * PROGRAMS)  # of a program
-    return (triton.cdiv(S, rows * tiles), len(x)), {"S": S, "C": C, "TILES": tiles, "ROWS": rows, "WIDTH": width}
+    voxels = triton.next_power_of_2(triton.cdiv(S, rows * PROGRAMS)) * rows  # of a program; each number is compiled
+    return (triton.cdiv(S, voxels), len(x)), {"S": S, "C": C, "VOXELS": voxels, "ROWS": rows, "WIDTH": width}

@@ -27,7 +27,7 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-@functools.lru_cache(8)
+@functools.cache  # recorded steps read it, so it must stay
 def frequencies(count: int, device: torch.device) -> Tensor:
     return torch.exp(-math.log(10_000) * torch.arange(count, device=device) / count)
 
@@ -59,7 +59,7 @@ def resize_by_products(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return h.movedim(-1, 1)
 
 
-@functools.lru_cache(64)
+@functools.cache
 def linear_weights(n: int, new: int, device: torch.device) -> Tensor:
     """(new, n): interpolates an axis linearly; the outer edges coincide."""
     return F.interpolate(torch.eye(n)[None], size=new, mode="linear", align_corners=False)[0].mT.contiguous().to(device)

@@ -67,7 +67,7 @@ def gaussian_means(x: Tensor) -> Tensor:
     return x
 
 
-@functools.lru_cache(12)  # both sizes
+@functools.cache  # recorded steps read it, so it must stay
 def gaussian_band(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(n - 2 SSIM_RADIUS, n): row k has the window's weights from column k on."""
     places = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, device=device, dtype=dtype)

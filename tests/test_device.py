@@ -1,16 +1,18 @@
 """Keeping a GPU busy, as far as a CPU can show it: threads, numbers read late, and steps on a GPU that is not there."""
 
-import contextlib
+import collections
 import threading
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 import models.layers
 import models.losses
 import training.loop
+import utils.device
 from data.problems import VolumeError
 from data.study import Study
 from tests.conftest import arguments, refine_arguments, weights
@@ -49,37 +51,77 @@ def test_items_are_made_one_ahead_and_errors_come_in_their_place(in_thread):
     assert threading.active_count() == before
 
 
-class Replay:
-    """Stands in for torch.cuda.CUDAGraph: computes the recorded function again, from the same memory into the same."""
+class Recording(TorchDispatchMode):
+    """Stands in for torch.cuda.CUDAGraph and torch.cuda.graph on a CPU: keeps every operation, with its arguments, and
+    replays them into the same memory. What Python computed meanwhile does not change any more, as in a graph. Other
+    than a graph it computes while it records, so the first replay has nothing to do."""
 
+    def __init__(self):
+        super().__init__()
+        self.operations, self.done = [], True
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        results = function(*arguments, **(named or {}))
+        if not function.is_view:
+            self.operations.append((function, arguments, named or {}, results))
+        return results
+
+    @torch.no_grad()
     def replay(self) -> None:
-        self.results.copy_(self.function(self.data))
+        for function, given, named, results in self.operations if not self.done else ():
+            again = function(*given, **named)
+            pairs = zip(results, again) if isinstance(results, (tuple, list)) else [(results, again)]
+            for old, new in pairs:
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+        self.done = False
 
 
-def test_a_function_is_recorded_for_each_shape_of_its_data_and_replayed(monkeypatch):
-    def record(data):
-        graph, inputs, results = plain_record(steps, data)
-        graph.function, graph.data, graph.results = function, seen[-1], results
-        return graph, inputs, results
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+@pytest.fixture
+def recording(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    seen = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, *_, **__: graph)
+    monkeypatch.setattr(utils.device, "has_twice_the_memory", lambda: True)
+
+
+def test_a_function_is_recorded_for_each_shape_of_its_data_and_replayed(recording):
+    calls = []
 
     def function(data):
-        (kind, scale, nothing), volumes = data
-        seen.append(data)
-        assert kind == "a" and nothing is None
+        (scale, nothing), volumes = data
+        calls.append(scale)
+        assert nothing is None
         return scale * volumes["x"] + volumes["y"].sum()
     steps = Graphed(function)
-    plain_record, steps.record = Graphed.record, record
     for number in range(6):
         for scale, size in ((2.0, 3), (2.0, 4), (5.0, 3)):
             x, y = torch.full((size,), float(number)), torch.arange(2.0) + number
-            data = ("a", scale, None), {"x": x, "y": y}
-            assert torch.equal(steps(data), scale * x + y.sum())
+            assert torch.equal(steps(((scale, None), {"x": x, "y": y})), scale * x + y.sum())
             assert (x == number).all()  # what is replayed has memory of its own
-    assert len(steps.recorded) == 3 and max(steps.calls.values()) == CALLS_BEFORE_GRAPH + 1
+    assert len(steps.recorded) == 3 and len(calls) == 3 * (CALLS_BEFORE_GRAPH + 1)
+
+
+def test_without_memory_for_graphs_steps_run_as_they_are(recording, monkeypatch, capsys):
+    monkeypatch.setattr(utils.device, "has_twice_the_memory", lambda: False)
+    steps = Graphed(torch.sum)
+    assert [steps(torch.full((2,), number)).item() for number in (1.0, 2.0, 3.0, 4.0, 5.0)] == [2, 4, 6, 8, 10]
+    assert not steps.recorded and capsys.readouterr().out.count("not recorded") == 1
+
+
+@pytest.mark.parametrize("number, more", [(1, []), (1, ["--precision", "fp16", "--optimiser", "adam"]),
+                                          (2, ["--accumulate", "2"])])
+def test_recorded_steps_train_the_same_network(incomplete_csv, tmp_path, recording, monkeypatch, number, more):
+    """Several shapes, some visits without a source, a rate that changes, pauses, and a resumed run."""
+    names = {1: "last_model.pth", 2: "last_refine.pth"}
+    for folder, record in (("plain", False), ("recorded", True)):
+        monkeypatch.setattr(training.loop, "may_record", lambda *_: record)  # noqa: B023
+        words = [*arguments(incomplete_csv, tmp_path / folder, *more), "--epochs", "8", "--refine_epochs", "8"]
+        best = str(tmp_path / folder / "checkpoints/best_model.pth")
+        for stage in range(1, number + 1):
+            refine = ["--refine", "--resume_path", best] if stage == 2 else []
+            assert main.main([*words, *refine, "--max_steps", "7"]) == main.main([*words, *refine]) == 0
+    assert_same_state(*(tmp_path / folder / "checkpoints" / names[number] for folder in ("plain", "recorded")))
 
 
 def test_numbers_are_those_of_the_moment_they_were_sent():
@@ -117,11 +159,15 @@ def test_from_the_forward_pass_to_the_optimiser_nothing_waits_for_a_gpu(incomple
         state = {**stage.metadata, "stage": STAGE_1, "step": 0, "ema": {"model": stage.network.state_dict()},
                  "best": 0.0, "run_id": "0" * 32, "sizes": stage.study.sizes, "network": stage.opt.network_arguments()}
         stage = Stage2(stage.opt, stage.study, torch.device("cpu"), state)
+    fused_norm = pytest.importorskip("models.fused_norm", exc_type=ImportError)  # Triton
     monkeypatch.setattr(models.layers, "LARGE", large)
-    monkeypatch.setattr(models.layers, "fused_norm_silu", lambda device: None)  # it compiles for a GPU
+    monkeypatch.setattr(models.layers, "fused_norm_silu", lambda device: fused_norm.NormSiLU.apply)
+    for kernel in ("sum_kernel", "map_kernel"):
+        monkeypatch.setattr(fused_norm, kernel, collections.defaultdict(lambda: lambda *_, **__: None))  # [grid](...)
+    monkeypatch.setattr(torch, "_fused_adam_", lambda *_, **__: None)  # PyTorch has no fake of it with a tensor as rate
     stage.ema_model, batch = stage.network, [0, 6, 7]  # the last two lack a modality
     micro_batches = stage.micro_batches(batch)
-    loaded = [stage.load(each, batch, 0) for each in micro_batches]
+    loaded = [stage.load(target, places, batch, 0) for target, places, _ in micro_batches]
     with FakeTensorMode():
         for module in stage.network.modules():
             module._parameters.update({name: torch.nn.Parameter(on_fake_gpu(each))
@@ -130,10 +176,9 @@ def test_from_the_forward_pass_to_the_optimiser_nothing_waits_for_a_gpu(incomple
         stage.device = GPU
         if number == 1:
             stage.prior.diffusion._weights = {(GPU, torch.float32): torch.empty(1001, 2, device=GPU)}
-        losses = [stage.loss(stage.network, micro_batch, on_fake_gpu(data))[0]
-                  for micro_batch, data in zip(micro_batches, loaded)]
+        losses = [stage.loss(stage.network, target, on_fake_gpu(data))[0]
+                  for (target, *_), data in zip(micro_batches, loaded)]
         optimiser = Optimiser(stage.network, 1e-3, 1, 10, 1.0, kind, float16=number == 1)
-        optimiser.adam.param_groups[0]["lr"] = 1e-3  # PyTorch has no fake of its step with a tensor
         for parameter in stage.network.parameters():
             parameter.grad = torch.empty_like(parameter)
         optimiser.scale(sum(losses))

@@ -28,7 +28,7 @@ def test_each_direction_has_its_own_noise_and_the_expected_volume_has_none(study
         micro_batches = first.micro_batches(batch)
         assert [(target, places, weight) for target, places, weight in micro_batches] == [
             (target, [0, 1, 2, 3], 0.5) for target in first.study.modalities]
-        loaded = [first.load(micro_batch, batch, step) for micro_batch in micro_batches]
+        loaded = [first.load(target, places, batch, step) for target, places, _ in micro_batches]
         for (target, *_), (x0, _, _, t, *_) in zip(micro_batches, loaded):
             expected += ((t[target] == 1000) & (t[first.network.source(target)] == 0)).tolist()
             assert torch.equal(x0[target], first.study.volumes(batch)[target])
@@ -38,13 +38,13 @@ def test_each_direction_has_its_own_noise_and_the_expected_volume_has_none(study
     assert torch.equal(blank, (t[target] == 1000) & (t[first.network.source(target)] == 0))
     assert torch.equal(blank, noise[target].abs().amax(dim=(1, 2, 3, 4)) == 0)
     v = first.prior.diffusion.target(x0[target], noise[target], t[target])
-    expected = 0.5 * (torch.where(blank, EXPECTED_WEIGHT, 1.0) * v.square().mean(dim=(1, 2, 3, 4))).mean()
+    expected = (torch.where(blank, EXPECTED_WEIGHT, 1.0) * v.square().mean(dim=(1, 2, 3, 4))).mean()
     seen = []
 
     def network(xt, t, targets, group):  # predicts 0
         seen.append(xt[target])
         return {target: torch.zeros_like(xt[target])}
-    loss, _ = first.loss(network, micro_batches[0], loaded[0])
+    loss, _ = first.loss(network, target, loaded[0])
     assert group is None and loss.item() == pytest.approx(expected.item(), rel=1e-5) and blank.any()
     assert torch.equal(seen[0].abs().amax(dim=(1, 2, 3, 4)) == 0, blank)
 

@@ -74,8 +74,8 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
         seen.append(source)
         return stage.network(target, source, coarse)
 
-    data = stage.load(("dmri", [0, 1], 1.0), [0, 6, 7], 0)
-    loss, _ = stage.loss(network, ("dmri", [0, 1], 1.0), data)
+    data = stage.load("dmri", [0, 1], [0, 6, 7], 0)
+    loss, _ = stage.loss(network, "dmri", data)
     made = stage.ema_model.translate("fmri", study.volumes([6])["dmri"])
     assert torch.equal(seen[0], torch.cat([study.volumes([0])["fmri"], made])) and made.std() > 0.001
     assert not seen[0].requires_grad and not torch.equal(made, stage.network.translate("fmri", data[1][1:]))

@@ -54,8 +54,6 @@ def is_main_rank() -> bool:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other ranks, if there are any: tensors on GPUs over NCCL, others over Gloo. Only the main rank prints
     inside."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not under_torchrun():
         yield
         return

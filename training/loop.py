@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -48,8 +49,8 @@ class Stage:
     """What `fit` asks of a stage. Subclasses set the attributes below, and define
 
     begin(): what is done before the first step of this process
-    load(micro_batch, batch, step): its data, on the device
-    loss(network, micro_batch, data): its weighted loss, and terms for the log
+    load(target, places, batch, step): the data of a micro-batch, on the device
+    loss(network, target, data): its loss, and terms for the log; `fit` records what it computes (utils/device.py)
     validate(network): (column, score) of this rank's share of the validation subjects; the mean over the columns of
         their means chooses the best model
     draw(network, step): write a sample grid; returns its path and mean scores
@@ -125,6 +126,12 @@ class Stage:
         return path, {metric: float(np.nanmean([each[metric] for each in scores])) for metric in ("psnr", "ssim")}
 
 
+def may_record(opt, device: torch.device) -> bool:
+    """Whether steps may be CUDA graphs: not with several ranks, whose exchange is NCCL's, nor with gradient
+    checkpointing, which asks for the state of the random numbers."""
+    return device.type == "cuda" and world_size() == 1 and not opt.gradient_checkpointing
+
+
 def fit(stage: Stage) -> bool:
     """Train until the last step or until a stop is requested; returns whether the run is finished."""
     opt, study, members = stage.opt, stage.study, stage.members
@@ -152,30 +159,31 @@ def fit(stage: Stage) -> bool:
     if on_gpu:
         study.keep_on(stage.device, torch.cuda.mem_get_info(stage.device)[0] // 4)
     network, finished, unread, start = wrap_ddp(stage.network, stage.device), False, None, run.step
+    times = deque(maxlen=TIMED_STEPS + 1)
     pauses = Pauses({"validation": (per_epoch * opt.validate_every,), "pictures": (stage.save_every,),
                      "checkpoint": (opt.checkpoint_every, per_epoch)}, run.step, total, opt.max_overhead)
 
-    def loaded_steps() -> Iterator[tuple[list[int], list[tuple[MicroBatch, tuple]]]]:
+    def loaded_steps() -> Iterator[tuple[list[int], list[tuple[str, float, tuple]]]]:
         for step in range(run.step, total):
             batch = training_batch(members, opt.batch_size, opt.seed, step)
-            yield batch, [(each, stage.load(each, batch, step)) for each in stage.micro_batches(batch)]
+            yield batch, [(target, weight, stage.load(target, places, batch, step))
+                          for target, places, weight in stage.micro_batches(batch)]
 
-    def forward_backward_step(loaded: list[tuple[MicroBatch, tuple]]) -> tuple[list[str], Tensor]:
+    def forward_backward_step(loaded: list[tuple[str, float, tuple]]) -> tuple[list[str], Tensor]:
         """Names and values of the loss and its terms, and gradient norm and loss scale; all stay on the device."""
         sums = {}
-        for number, (micro_batch, data) in enumerate(loaded, start=1):
+        for number, (target, weight, data) in enumerate(loaded, start=1):
             network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
-            loss, terms = stage.loss(network, micro_batch, data)
-            optimiser.scale(loss).backward()
+            loss, terms = stage.loss(network, target, data)
+            optimiser.scale(weight * loss).backward()
             for name, value in {"loss": loss, **terms}.items():
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+                value = weight * value.detach()
+                sums[name] = sums[name] + value if name in sums else value
         values = sum_over_ranks(torch.stack(list(sums.values())))
         norm = optimiser.step(values[0])
         return [*sums], torch.cat([values, norm[None], optimiser.loss_scale[None]])
 
-    # Not recorded: several ranks, whose exchange is NCCL's, and gradient checkpointing, which asks for the random state
-    record = on_gpu and world_size() == 1 and not opt.gradient_checkpointing
-    take_step = Graphed(forward_backward_step) if record else forward_backward_step
+    take_step = Graphed(forward_backward_step) if may_record(opt, stage.device) else forward_backward_step
 
     def read_numbers() -> None:
         """Log the last step, whose numbers have come from the device by now."""
@@ -237,13 +245,12 @@ def fit(stage: Stage) -> bool:
             read_numbers()  # of the step before
             run.step += 1
             unread = run.step, batch, names, Numbers(numbers)
-            if run.step == start + WARM_UP_STEPS:
-                clock = time.perf_counter()
+            times.append(time.perf_counter())
             if run.step == start + WARM_UP_STEPS + TIMED_STEPS:
-                seconds = (time.perf_counter() - clock) / TIMED_STEPS
+                seconds = float(np.median(np.diff(times)))
                 bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.2g} min per epoch, "
                           f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)"
-                          + (f"\nmemory      {torch.cuda.max_memory_allocated(stage.device) / 2**30:.1f} GiB of the GPU"
+                          + (f"\nmemory      {torch.cuda.max_memory_reserved(stage.device) / 2**30:.1f} GiB of the GPU"
                              if on_gpu else ""))
         if not finished:
             save()

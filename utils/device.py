@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 CALLS_BEFORE_GRAPH = 2  # PyTorch then has made what a graph cannot: constants, moments, workspaces
-MOST_GRAPHS = 8
+MOST_GRAPHS = 32
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -44,16 +45,22 @@ def mapped(change: Callable[[Tensor], object], value: object) -> object:
     return value
 
 
+def has_twice_the_memory() -> bool:
+    """Whether the current GPU has twice as much as this process has used at most."""
+    return 2 * torch.cuda.max_memory_allocated() <= torch.cuda.mem_get_info()[1]
+
+
 class Graphed:
     """A function on a GPU that starts all of its kernels at once: as a CUDA graph, recorded for each shape of its data.
 
     To start them one by one from Python takes several times as long as to run them (docs/speed.md). The function must
     not wait for the GPU, and what it uses besides its data must stay where it is in memory. Results lie in memory that
-    the next call overwrites.
+    the next call overwrites. Graphs share the memory that they compute in, and keep it: everything else, validation for
+    example, needs its own, so that nothing is recorded where the GPU has not twice the memory that was used so far.
     """
 
     def __init__(self, function: Callable):
-        self.function, self.pool = function, torch.cuda.graph_pool_handle()
+        self.function, self.pool, self.most = function, torch.cuda.graph_pool_handle(), MOST_GRAPHS
         self.calls, self.recorded = Counter(), {}
 
     def __call__(self, data: object) -> object:
@@ -61,7 +68,12 @@ class Graphed:
         shapes = repr(mapped(lambda tensor: tensors.append(tensor) or (tensor.shape, tensor.dtype), data))
         if shapes not in self.recorded:
             self.calls[shapes] += 1
-            if self.calls[shapes] <= CALLS_BEFORE_GRAPH or len(self.recorded) == MOST_GRAPHS:
+            if self.calls[shapes] <= CALLS_BEFORE_GRAPH or len(self.recorded) == self.most:
+                return self.function(data)
+            if not self.recorded and not has_twice_the_memory():
+                tqdm.write("note: steps take more than half of the GPU's memory, so they are not recorded as CUDA "
+                           "graphs, which are faster (docs/speed.md)")
+                self.most = 0
                 return self.function(data)
             self.recorded[shapes] = self.record(data)
         graph, inputs, results = self.recorded[shapes]
