@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections import deque
@@ -132,6 +133,31 @@ def may_record(opt, device: torch.device) -> bool:
     return device.type == "cuda" and world_size() == 1 and not opt.gradient_checkpointing
 
 
+def loaded_steps(stage: Stage, steps: Iterable[int]) -> Iterator[tuple[list[int], list[tuple[str, float, tuple]]]]:
+    """For each step the visits of its batch, and target, weight and data of this rank's micro-batches."""
+    for step in steps:
+        batch = training_batch(stage.members, stage.opt.batch_size, stage.opt.seed, step)
+        yield batch, [(target, weight, stage.load(target, places, batch, step))
+                      for target, places, weight in stage.micro_batches(batch)]
+
+
+def train_step(stage: Stage, network: nn.Module, optimiser: Optimiser,
+               loaded: list[tuple[str, float, tuple]]) -> tuple[list[str], Tensor]:
+    """Forward, loss, backward, optimiser. Returns names and values of the loss and its terms, then gradient norm and
+    loss scale, without a wait for the device."""
+    sums = {}
+    for number, (target, weight, data) in enumerate(loaded, start=1):
+        network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
+        loss, terms = stage.loss(network, target, data)
+        optimiser.scale(weight * loss).backward()
+        for name, value in {"loss": loss, **terms}.items():
+            value = weight * value.detach()
+            sums[name] = sums[name] + value if name in sums else value
+    values = sum_over_ranks(torch.stack(list(sums.values())))
+    norm = optimiser.step(values[0])
+    return [*sums], torch.cat([values, norm[None], optimiser.loss_scale[None]])
+
+
 def fit(stage: Stage) -> bool:
     """Train until the last step or until a stop is requested; returns whether the run is finished."""
     opt, study, members = stage.opt, stage.study, stage.members
@@ -163,27 +189,9 @@ def fit(stage: Stage) -> bool:
     pauses = Pauses({"validation": (per_epoch * opt.validate_every,), "pictures": (stage.save_every,),
                      "checkpoint": (opt.checkpoint_every, per_epoch)}, run.step, total, opt.max_overhead)
 
-    def loaded_steps() -> Iterator[tuple[list[int], list[tuple[str, float, tuple]]]]:
-        for step in range(run.step, total):
-            batch = training_batch(members, opt.batch_size, opt.seed, step)
-            yield batch, [(target, weight, stage.load(target, places, batch, step))
-                          for target, places, weight in stage.micro_batches(batch)]
-
-    def forward_backward_step(loaded: list[tuple[str, float, tuple]]) -> tuple[list[str], Tensor]:
-        """Names and values of the loss and its terms, and gradient norm and loss scale; all stay on the device."""
-        sums = {}
-        for number, (target, weight, data) in enumerate(loaded, start=1):
-            network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
-            loss, terms = stage.loss(network, target, data)
-            optimiser.scale(weight * loss).backward()
-            for name, value in {"loss": loss, **terms}.items():
-                value = weight * value.detach()
-                sums[name] = sums[name] + value if name in sums else value
-        values = sum_over_ranks(torch.stack(list(sums.values())))
-        norm = optimiser.step(values[0])
-        return [*sums], torch.cat([values, norm[None], optimiser.loss_scale[None]])
-
-    take_step = Graphed(forward_backward_step) if may_record(opt, stage.device) else forward_backward_step
+    take_step = functools.partial(train_step, stage, network, optimiser)
+    if may_record(opt, stage.device):
+        take_step = Graphed(take_step)
 
     def read_numbers() -> None:
         """Log the last step, whose numbers have come from the device by now."""
@@ -209,7 +217,7 @@ def fit(stage: Stage) -> bool:
 
     with tqdm(total=total, initial=run.step, unit="step") as bar, contextlib.ExitStack() as at_the_end, \
             saved_where_a_file_fails(save), \
-            contextlib.closing(one_ahead(loaded_steps(), on_gpu, stage.device)) as steps:
+            contextlib.closing(one_ahead(loaded_steps(stage, range(run.step, total)), on_gpu, stage.device)) as steps:
         at_the_end.callback(run.finish_writing)
         while not stop_requested_on_any_rank():
             # ---- Validate, draw and save, at the top: a resumed run first does what is due at its step
