@@ -151,8 +151,10 @@ def run(settings) -> int:
             else:
                 write_scores(folder)
             save_pictures(folder, visits, model.ranges)
-            print(f"{len(visits)} {'new pairs' if joint else 'visits'}: the synthesised volumes are in {folder}, and "
-                  f"pictures in {folder / 'synthesis.png'}")
+            missing = sum(modality not in pair.files for pair, _ in visits for modality in model.modalities)
+            what = "new pairs" if joint else f"visits ({missing} scans were missing)"
+            print(f"{len(visits)} {what}: the synthesised volumes are in {folder}, and pictures in "
+                  f"{folder / 'synthesis.png'}")
     return FINISHED
 
 

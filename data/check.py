@@ -82,7 +82,7 @@ def check_study(opt) -> bool:
         print(f"look at {path}: the outline of each scan over the other one")
     errors, warnings = ([problem for problem in problems if problem.fatal == fatal] for fatal in (True, False))
     following = ("correct the errors, and check again" if errors else "the same command without --check, with the "
-                 "options suggested above and folders of its own (--checkpoint_dir, --result_dir)")
+                 "options suggested above, or your own choice, and its own --checkpoint_dir and --result_dir")
     print(f"{'not ready' if errors else 'ready to train'}: {counted(errors, 'error')}, {counted(warnings, 'warning')}, "
           f"listed in {table}\nNext: {following}")
     return not errors

@@ -107,6 +107,8 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
             other = '; opt.incomplete = "use" trains on the other scan' if visit.files else ""
             problems.append(Problem(visit.name, f"left out because it has no {missing}", "if there is such a file, "
                                     f"give it the same subject and session{other}", visit.name, fatal=False))
+            problems += [Problem(str(file), "no such file", "correct its path; sample.py will need it", visit.name,
+                                 fatal=False) for file in visit.files.values() if not os.path.exists(file)]
     if needed and not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))

@@ -46,7 +46,9 @@ def read_tensors(path: Path, what: str) -> object:
         if isinstance(error, MemoryError) or getattr(error, "errno", 0) in TRANSIENT or "allocate memory" in str(error):
             raise UserError(f"{path}: cannot be read right now ({one_line(error)}); the file may be fine: fix the "
                             "cause and try again") from error
-        raise DamagedError(f"{path}: is not {what}, or is damaged ({one_line(error)})") from error
+        pickled = isinstance(error, pickle.UnpicklingError)  # PyTorch's message says how to load it unsafely
+        why = "no file of tensors alone" if pickled else one_line(error)
+        raise DamagedError(f"{path}: is not {what}, or is damaged ({why})") from error
 
 
 def load_weights(model: nn.Module, weights: dict) -> None:
