@@ -37,12 +37,12 @@ from training.distributed import (
 from training.ema import EMA
 from training.log import Log, write_run_record
 from training.optimise import DECAY_FRACTION, Optimiser
-from utils.device import CALLS_BEFORE_GRAPH, Graphed, Numbers, one_ahead
+from utils.device import Graphed, Numbers, one_ahead
 from utils.errors import UserError
 from utils.figures import Panel, save_grid
 from utils.stop import Interrupted, stop
 
-WARM_UP_STEPS, TIMED_STEPS = 1 + CALLS_BEFORE_GRAPH, 10  # then the time of an epoch is printed
+TIMED_STEPS = 10  # after the first step; then the time of an epoch is printed
 MicroBatch = tuple[str, list[int], float]  # target; places in the batch, 0 .. B - 1; weight of its loss
 
 
@@ -254,7 +254,7 @@ def fit(stage: Stage) -> bool:
             run.step += 1
             unread = run.step, batch, names, Numbers(numbers)
             times.append(time.perf_counter())
-            if run.step == start + WARM_UP_STEPS + TIMED_STEPS:
+            if run.step == start + 1 + TIMED_STEPS:
                 seconds = float(np.median(np.diff(times)))
                 bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.2g} min per epoch, "
                           f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)"
