@@ -131,7 +131,8 @@ def sums(x: Tensor, groups: int, gradient: Tensor | None = None, scale: Tensor |
 
 
 def map_voxels(x: Tensor, scale: Tensor, shift: Tensor, gradient: Tensor | None = None, slope: Tensor | None = None,
-           offset: Tensor | None = None) -> Tensor:
+               offset: Tensor | None = None) -> Tensor:
+    """The volume that `map_kernel` computes, like x."""
     grid, sizes = grid_of(x)
     out = torch.empty_like(x)
     map_kernel[grid](x, gradient, scale, shift, slope, offset, out, BACKWARD=gradient is not None, **sizes)

@@ -2,7 +2,7 @@
 
 On GPUs, PyTorch's group normalisation leaves the channels-last layout of the convolutions and the 16 bits of autocast,
 and the gradient of its trilinear interpolation is neither channels-last nor the same every time: that costs more than
-they do. Large volumes have versions of their own here.
+they do. Large volumes have versions of their own, here and in models/fused_norm.py.
 """
 
 import functools

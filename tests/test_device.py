@@ -24,6 +24,7 @@ from training.checkpoint import STAGE_1
 from training.loop import Stage
 from training.optimise import Optimiser
 from utils.device import CALLS_BEFORE_GRAPH, Graphed, Numbers, one_ahead
+from utils.tensors import mapped
 
 GPU = torch.device("cuda:0")
 
@@ -130,11 +131,8 @@ def test_numbers_are_those_of_the_moment_they_were_sent():
 
 def on_fake_gpu(value: object) -> object:
     """Tensors in tuples and dicts, on a GPU."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=GPU)
-    if isinstance(value, dict):
-        return {name: on_fake_gpu(each) for name, each in value.items()}
-    return tuple(map(on_fake_gpu, value)) if isinstance(value, tuple) else value
+    return mapped(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=GPU),
+                  value)
 
 
 @pytest.fixture

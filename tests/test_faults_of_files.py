@@ -83,7 +83,6 @@ def trained_optimiser(kind: str = "muon") -> tuple[nn.Module, Optimiser]:
     optimiser = Optimiser(model, 0.1, 1, 10, 1.0, kind)
     loss = model(torch.ones(3, 4)).square().mean()
     loss.backward()
-    optimiser.rate.fill_(0.1)
     optimiser.step(loss.detach())
     return model, optimiser
 

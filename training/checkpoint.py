@@ -14,7 +14,7 @@ from training.distributed import is_main_rank, same_on_all_ranks
 from training.schema import OF_BOTH_STAGES, problems_of_content
 from utils.errors import UserError
 from utils.files import replace_file
-from utils.tensors import UNFIT, DamagedError, load_weights, one_line, read_tensors
+from utils.tensors import UNFIT, DamagedError, load_weights, mapped, one_line, read_tensors
 
 FORMAT = 6
 STAGE_1, STAGE_2 = "stage 1", "stage 2"
@@ -51,7 +51,7 @@ class Checkpoint:
         if sum(value.nbytes for value in state["model"].values()) < LARGE:
             replace_file(path, lambda file: torch.save(state, file))
         else:
-            state = on_cpu(state)
+            state = mapped(lambda tensor: tensor.detach().to("cpu", copy=True), state)
             self._writing = self._thread.submit(replace_file, path, lambda file: torch.save(state, file))
 
     def finish_writing(self) -> None:
@@ -136,15 +136,6 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
     if problems:
         raise UserError("\n  ".join((f"{path}: is not a checkpoint of this version of PDS; use another:", *problems)))
     return state
-
-
-def on_cpu(value: object) -> object:
-    """A copy of the tensors in dicts and lists."""
-    if isinstance(value, dict):
-        return {name: on_cpu(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(each) for each in value]
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def refuse_another_run(path: Path, saved: dict, options: dict, fingerprints: dict, remedy: str = OTHER_FOLDERS) -> None:

@@ -149,10 +149,10 @@ def train_step(stage: Stage, network: nn.Module, optimiser: Optimiser,
     for number, (target, weight, data) in enumerate(loaded, start=1):
         network.require_backward_grad_sync = number == len(loaded)  # only DDP reads it
         loss, terms = stage.loss(network, target, data)
-        optimiser.scale(weight * loss).backward()
-        for name, value in {"loss": loss, **terms}.items():
-            value = weight * value.detach()
-            sums[name] = sums[name] + value if name in sums else value
+        weighted = {name: weight * value for name, value in {"loss": loss, **terms}.items()}
+        optimiser.scale(weighted["loss"]).backward()
+        for name, value in weighted.items():
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     values = sum_over_ranks(torch.stack(list(sums.values())))
     norm = optimiser.step(values[0])
     return [*sums], torch.cat([values, norm[None], optimiser.loss_scale[None]])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.tensors import mapped, tensors_in
+
 CALLS_BEFORE_GRAPH = 2  # PyTorch then has made what a graph cannot: constants, moments, workspaces
 MOST_GRAPHS = 32
 
@@ -34,17 +36,6 @@ def one_ahead(items: Iterable, in_thread: bool, device: torch.device) -> Iterato
             yield item
 
 
-def mapped(change: Callable[[Tensor], object], value: object) -> object:
-    """The same tuples, lists and dicts, with change(tensor) in the place of each tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: mapped(change, each) for name, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(mapped(change, each) for each in value)
-    return value
-
-
 def has_twice_the_memory() -> bool:
     """Whether the current GPU has twice as much as this process has used at most."""
     return 2 * torch.cuda.max_memory_allocated() <= torch.cuda.mem_get_info()[1]
@@ -64,8 +55,7 @@ class Graphed:
         self.calls, self.recorded = Counter(), {}
 
     def __call__(self, data: object) -> object:
-        tensors = []
-        shapes = repr(mapped(lambda tensor: tensors.append(tensor) or (tensor.shape, tensor.dtype), data))
+        shapes = repr(mapped(lambda tensor: (tensor.shape, tensor.dtype), data))
         if shapes not in self.recorded:
             self.calls[shapes] += 1
             if self.calls[shapes] <= CALLS_BEFORE_GRAPH or len(self.recorded) == self.most:
@@ -77,17 +67,16 @@ class Graphed:
                 return self.function(data)
             self.recorded[shapes] = self.record(data)
         graph, inputs, results = self.recorded[shapes]
-        torch._foreach_copy_(inputs, tensors)
+        torch._foreach_copy_(inputs, tensors_in(data))
         graph.replay()
         return results
 
     def record(self, data: object) -> tuple[torch.cuda.CUDAGraph, list[Tensor], object]:
-        graph, inputs, own = torch.cuda.CUDAGraph(), [], mapped(Tensor.clone, data)
-        mapped(inputs.append, own)
+        graph, own = torch.cuda.CUDAGraph(), mapped(Tensor.clone, data)
         # thread_local: the thread that makes the next step's data may go on
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
             results = self.function(own)
-        return graph, inputs, results
+        return graph, tensors_in(own), results
 
 
 class Numbers:

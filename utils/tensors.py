@@ -79,5 +79,23 @@ def copied(value: object, like: torch.Tensor) -> torch.Tensor:
     return new
 
 
+def mapped(change: Callable[[torch.Tensor], object], value: object) -> object:
+    """The same tuples, lists and dicts, with change(tensor) in the place of each tensor."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(change, each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(change, each) for each in value)
+    return value
+
+
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """All tensors in tuples, lists and dicts, in their order."""
+    found = []
+    mapped(found.append, value)
+    return found
+
+
 def one_line(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:300]
