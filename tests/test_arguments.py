@@ -45,4 +45,10 @@ def test_the_help_explains_every_setting_and_a_misspelt_option_is_refused(capsys
     assert "passes over the training pairs" in printed and all(f"--{name}" in printed for name in texts)
     with pytest.raises(SystemExit, match="2"):
         parse("--lerning_rate", "1")
-    assert "unrecognized arguments: --lerning_rate" in capsys.readouterr().err
+    assert "unrecognized arguments: --lerning_rate 1 (did you mean --learning_rate?)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parse("--image-size=8x8x8")
+    assert "--image-size=8x8x8 (did you mean --image_size?)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parse("pairs.csv")
+    assert capsys.readouterr().err.endswith("unrecognized arguments: pairs.csv\n")

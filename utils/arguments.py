@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import difflib
 import inspect
 import re
 import typing
@@ -33,7 +34,11 @@ def parse_arguments(opt, presets: dict[str, Callable], argv: list[str], descript
         groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
         help_text = f"{text} [{shown(getattr(opt, name))}]".replace("%", "%%")
         groups[heading].add_argument(f"--{name}", default=argparse.SUPPRESS, help=help_text, **_keywords(hints[name]))
-    given = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in hints], 1)
+        parser.error(" ".join(["unrecognized arguments:", *unknown, *(f"(did you mean {name}?)" for name in near)]))
+    given = vars(found)
     preset = given.pop("preset")
     settings = presets[preset]() if preset else copy.deepcopy(opt)
     edits = {name: vars(opt)[name] for name in opt.edited}
