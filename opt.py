@@ -70,12 +70,12 @@ class Options(Settings):
     # compare the validation of stage 2, because some studies gain from them, others lose (docs/results.md)
     incomplete: Literal["leave_out", "use"] = setting("leave_out", affects="data")
     cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
-    folds: int = setting(5, at_least=1, affects="data")  # of the subjects; 1: train, validate and test on all
+    folds: int = setting(5, at_least=1, affects="data")  # how many; 1: train, validate and test on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1
     # fraction of the other folds' subjects that is held out to choose the best checkpoint
     validation_fraction: float = setting(0.15, at_least=0, below=1, affects="data")
 
-    # ---- Model (both stages: stage 2 trains the network of stage 1 on)
+    # ---- Model (both stages: stage 2 fine-tunes the network of stage 1)
     # resolution levels; each halves the grid and doubles the channels
     unet_depth: int = setting(3, at_least=1, at_most=6, affects="network")
     # channels at the finest level; a multiple of 8
@@ -95,9 +95,9 @@ class Options(Settings):
 
     # ---- Diffusion (stage 1)
     timesteps: int = setting(1000, at_least=2, at_most=10**6, affects="stage 1")  # T of the cosine noise schedule
-    # one timestep for both modalities, or one for each
+    # "shared": one timestep for both modalities; "independent": one for each
     timestep_coupling: Literal["shared", "independent"] = setting("independent", affects="stage 1")
-    prediction: Literal["epsilon", "v"] = setting("v", affects="stage 1")  # of the noise, or v (Salimans & Ho 2022)
+    prediction: Literal["epsilon", "v"] = setting("v", affects="stage 1")  # of the noise (epsilon), or v
     # also learn diagnostic groups (column group, or participants.tsv), so that sample.py can draw new pairs of each;
     # translations do not see the group: it may be unknown
     condition_on_group: bool = setting(False, affects="stage 1")
@@ -125,10 +125,10 @@ class Options(Settings):
     vgg_download: bool = setting(False, affects="nothing")  # download the file into that cache if missing (528 MB)
 
     # ---- Training
-    # stage 1: steps of "muon" take 1.15 times as long as those of "adam" (published), but far fewer are needed. For
-    # "adam", set learning_rate four times as high
+    # stage 1: steps of "muon" take 1.15 times as long as those of "adam" (published), but far fewer are needed; "adam"
+    # alone needs a learning_rate four times as high
     optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 1")
-    refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")  # stage 2: as above
+    refine_optimiser: Literal["adam", "muon"] = setting("muon", affects="stage 2")  # of stage 2
     # stage 1: after warm-up and until the last quarter, in which it decays. With "muon", hidden layers have 20 times it
     learning_rate: float = setting(5e-4, above=0, at_most=1, affects="stage 1")
     refine_learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 2")  # stage 2: as above
@@ -152,8 +152,8 @@ class Options(Settings):
     seed: int = setting(0, at_least=0, affects="data")  # of the split, data order, initial weights and all noise
 
     # ---- Refinement (stage 2)
-    # "expected": train the weights of stage 1 on. For comparison, with random weights: "joint" also sees a joint sample
-    # of stage 1, which does not know the source (published); "none" sees the source alone: a plain regression
+    # "expected": start with the weights of stage 1. For comparison, with random weights: "joint" also sees a joint
+    # sample of stage 1, which does not know the source (published); "none" sees the source alone: a plain regression
     coarse: Literal["expected", "joint", "none"] = setting("expected", affects="stage 2")
 
     # ---- Output

@@ -147,7 +147,7 @@ def run(settings) -> int:
             if joint:
                 write_pair_tables(folder, model.modalities)
                 print(f"Check for copies of training volumes: python -m benchmarks.memorisation {folder} --resume_path "
-                      f"{settings.resume_path} --data_root {settings.data_root}")
+                      f"{settings.resume_path}")
             else:
                 write_scores(folder)
             save_pictures(folder, visits, model.ranges)

@@ -260,8 +260,8 @@ def fuzz(study: Fuzz, name: str, make: Callable, count: int, seed: int, only: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for kind in ("checkpoints", "volumes", "tables"):
-        parser.add_argument(f"--{kind}", type=int, default=0, help="number of cases")
+    for kind in ("--checkpoints", "--volumes", "--tables"):
+        parser.add_argument(kind, type=int, default=0, help="number of cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="repeat this case, and print what it says")
     own = parser.parse_args()

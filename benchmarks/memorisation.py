@@ -3,9 +3,9 @@
     python sample.py --resume_path ./checkpoints/best_model.pth --joint_samples 20
     python -m benchmarks.memorisation results/synthesis/joint --resume_path ./checkpoints/best_model.pth
 
-opt.data_root is the study that the model was trained on. Writes memorisation.csv to the folder. A distance is the root
-mean square difference of two volumes in [-1, 1]. A sample is flagged if it is closer to a training volume than each of
-H held-out subjects; by chance, one of H + 1 samples is.
+Reads the study that the model was trained on; if that has moved, give --data_root. Writes memorisation.csv to the
+folder. A distance is the root mean square difference of two volumes in [-1, 1]. A sample is flagged if it is closer to
+a training volume than each of H held-out subjects; by chance, one of H + 1 samples is.
 """
 
 import itertools
@@ -48,8 +48,9 @@ def nearest_training_volumes(study: Study, modality: str, volumes: Iterator[np.n
 
 def report(folder: Path, settings) -> None:
     state = read_checkpoint(Path(settings.resume_path), (STAGE_1, STAGE_2))
-    for name, value in state["options"].items():  # as in the run, except for where things are
-        if name not in ("data_root", "cache_dir", "device"):
+    kept = {"cache_dir", "device"} | (settings.edited & {"data_root"})
+    for name, value in state["options"].items():  # as in the run
+        if name not in kept:
             setattr(settings, name, value)
     study = read_study(settings)
     if parameters(folder).get("Training") != study.identity:

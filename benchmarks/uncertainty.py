@@ -83,7 +83,7 @@ def report(folder: Path, settings) -> None:
     if parameters(folder).get("Weights") != model.provenance["Weights"]:
         raise UserError(f"{folder}: no translations of the model opt.resume_path = {settings.resume_path!r}")
     pairs, problems = find_pairs(Path(settings.data_root), model.modalities, tuple(settings.exclude),
-                                 settings.bids_suffix, needed=0)
+                                 settings.bids_suffix, settings.share_scans, needed=0)
     raise_if_fatal(problems)
     pairs = {pair.name: pair for pair in pairs}
     for std, sidecar in read_sidecars(folder, "std"):

@@ -44,6 +44,7 @@ def test_every_module_has_a_line_in_contributing_and_the_readme_is_short():
     assert not [module for module in modules if f"`{module}`" not in PAGES["CONTRIBUTING.md"]
                 and not module.endswith("__init__.py")]
     assert len(README.splitlines()) <= 220 and len(README.split()) <= 2000
+    assert not [line for line in README.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
 
 
 def test_every_command_parses():
@@ -72,4 +73,4 @@ def test_the_table_of_hyperparameters_is_true():
             for text, value in zip(column.split(","), values, strict=True):
                 assert text.strip() == value or float(text) == float(value), first
             checked.update(names)
-    assert {"image_size", "learning_rate", "batch_size", "timesteps", "unet_depth", "base_channels"} <= checked
+    assert {"image_size", "learning_rate", "batch_size", "sampling_steps", "unet_depth", "base_channels"} <= checked

@@ -17,7 +17,7 @@ AFFECTS = {  # a run resumes only while the settings that affect it keep their v
     "network": "the network, which is that of stage 1 in both stages; may never change",
     "sampling": "how the prior samples, for stage 2 and for sample.py; may change when stage 1 resumes",
     "sample.py": "what sample.py writes; may always change",
-    "nothing": "folders, memory, reports, the length of a run; may always change",
+    "nothing": "folders, memory, reports, the length of a run; may change, unless its row says otherwise",
 }
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
 
