@@ -243,12 +243,13 @@ class Options(Settings):
         rules = [  # (setting, whether it is wrong, what to do)
             ("modalities", not len(modalities) == len(set(modalities)) == 2
              or not all(name.isidentifier() for name in modalities), "give two different names made of a-z, 0-9 and _"),
+            ("modalities", len({name.lower().removesuffix("w") for name in modalities}) < len(set(modalities)),
+             "they differ only in case or a w at the end, so sample.py would give both the same BIDS name"),
             ("bids_suffix", not set(suffixes) <= set(modalities)
              or not all(isinstance(end, str) and end and "/" not in end for end in suffixes.values()),
              f"name a modality of {modalities} and how its file names end, for example fmri=desc-preproc_bold"),
             ("box_size", self.box_size and (len(self.box_size) != 3 or min(self.box_size) < 10),
              "give three lengths in mm, 10 at least, or nothing: ()"),
-            ("fold", self.fold >= self.folds > 0, f"must be 0 .. {self.folds - 1}, with opt.folds = {self.folds}"),
             ("base_channels", self.base_channels % 8 != 0, "must be a multiple of 8, for group normalisation"),
             ("sampling_steps", self.sampling_steps > self.timesteps, f"must be 1 .. opt.timesteps = {self.timesteps}"),
             ("eta", self.eta > 0 and self.sampler != "ddim", 'must be 0 unless opt.sampler = "ddim"'),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import run_child
+from benchmarks import STAGE_1_FIRST, run_child
 from benchmarks.step import run_case
 from utils.files import write_table, write_text
 from utils.metrics import gain_text
@@ -52,8 +52,8 @@ def scores(folder: Path, stage: int, steps: int) -> dict:
 def run_main(folder: Path, steps: int, options: list[str]) -> None:
     """Train or resume a run of so many steps in a folder, in a child process. Exits where it fails or is stopped."""
     print(f"---- {folder.name}: {steps} steps", flush=True)
-    command = [sys.executable, "main.py", "--no-tensorboard", *options, f"--max_steps={steps}", "--epochs=99999",
-               "--refine_epochs=99999", f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
+    command = [sys.executable, "main.py", "--no-tensorboard", *STAGE_1_FIRST, *options, f"--max_steps={steps}",
+               "--epochs=99999", "--refine_epochs=99999", f"--checkpoint_dir={folder}", f"--result_dir={folder}"]
     if run_child(command):
         raise SystemExit(f"{folder}: training failed or was stopped; run the same command to resume")
 

@@ -102,7 +102,6 @@ def accuracies(train: Labelled, tests: list[Labelled]) -> list[float]:
 
 
 def report(table: Path, settings) -> None:
-    settings.validate()
     study, cache = read_study(settings), Path(settings.cache_dir)
     if parameters(table.parent).get("Training") != study.identity:
         raise UserError(f"{table}: drawn by a model that was trained on other subjects; give the settings of its run "

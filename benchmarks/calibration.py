@@ -1,6 +1,6 @@
 """Do the prior's samples know more about the error of a translation than residuals of other subjects do?
 
-    python -m benchmarks.calibration checkpoints/best_refine.pth --uncertainty_samples 16    [any options of main.py]
+    python -m benchmarks.calibration checkpoints/best_refine.pth --uncertainty_samples 16
 
 A spread of any kind lowers the CRPS (continuous ranked probability score; Gneiting & Raftery 2007) against a single
 volume, so samples are compared with two controls that know only the validation subjects' residuals (truth minus
@@ -25,12 +25,11 @@ import torch
 from scipy.stats import norm
 from skimage.measure import block_reduce
 
-from benchmarks import run_report
+from benchmarks import open_run, run_report
 from data.intensity import brain_region
-from data.study import Study, read_study
+from data.study import Study
 from models.diffusion import name_key
-from synthesis.model import TrainedModel, open_model
-from training.launch import choose_device
+from synthesis.model import TrainedModel
 from utils.errors import UserError
 from utils.metrics import gain_text
 
@@ -122,14 +121,9 @@ def table(found: dict[str, dict[str, list[dict]]]) -> str:
 
 
 def report(checkpoint: Path, settings) -> None:
-    settings.resume_path = str(checkpoint)
-    settings.validate()
     if not settings.uncertainty_samples:
         raise UserError("opt.uncertainty_samples = 0: give the number of samples, for example 16")
-    study, model = read_study(settings), open_model(settings, choose_device(settings.device))
-    if model.provenance["Training"] != study.identity:
-        raise UserError(f"{checkpoint}: was trained on other subjects; give the settings of its run (--fold, "
-                        "--data_root, ...)")
+    study, model = open_run(checkpoint, settings)
     print(table({f"{source}->{target}": distributions(study, model, source, target, settings.uncertainty_samples)
                  for source, target in itertools.permutations(study.modalities, 2)}))
 

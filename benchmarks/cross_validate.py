@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import wilcoxon
 
-from benchmarks import run_child
+from benchmarks import STAGE_1_FIRST, run_child
 from data.cache import load_volume
 from data.grids import spacing_of
 from data.pairs import Pair
@@ -53,7 +53,7 @@ def run_fold(fold: int, folder: Path, options: list[str]) -> list[dict]:
     for more in ([], ["--refine", f"--resume_path={best}"]):
         if not metrics.exists():
             print(f"---- {folder.name}, stage {2 if more else 1}", flush=True)
-            status = run_child([sys.executable, "main.py", *options, f"--fold={fold}",
+            status = run_child([sys.executable, "main.py", *STAGE_1_FIRST, *options, f"--fold={fold}",
                                 f"--checkpoint_dir={best.parent}", f"--result_dir={folder / 'results'}", *more])
             if status:
                 raise SystemExit(status if status == STOPPED else f"{folder}: training failed; see the message above")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import main as program
 import sample
+from benchmarks import STAGE_1_FIRST
 from data import demo
 from data.volumes import save_image
 from utils.files import write_table
@@ -37,8 +38,9 @@ from utils.files import write_table
 MEMORY, SECONDS = 4 * 2**30, 60  # of a child, beyond what PyTorch has mapped; it is killed after so many seconds
 SURVIVED = (0, 2, 3)
 SUBJECTS = 4
-SMALL = ["--base_channels=8", "--unet_depth=2", "--epochs=2", "--refine_epochs=2", "--batch_size=2", "--no-tensorboard",
-         "--sampling_steps=2", "--validate_every=1", "--num_samples=1", "--warmup_steps=1", "--folds=2", "--device=cpu"]
+SMALL = [*STAGE_1_FIRST, "--base_channels=8", "--unet_depth=2", "--epochs=2", "--refine_epochs=2", "--batch_size=2",
+         "--no-tensorboard", "--sampling_steps=2", "--validate_every=1", "--num_samples=1", "--warmup_steps=1",
+         "--folds=2", "--device=cpu"]
 STRANGE = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, -0.5, float("nan"), float("inf"), 1e300, "", "x", "\x1b[2J",
            "../x", "a\nb", "~", "$X", b"x", (), [], {}, [[]], {"a": 1}, (1, 2, 3), [0.0] * 3]
 CELLS = ["", "n/a", "NaN", "~/x", "$X/y", "a\tb", '"', "'", ",", ";", "\0", "\x1b[2J", "é", "腦", "\u202e", "-1", "1e9",

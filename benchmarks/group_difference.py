@@ -1,6 +1,6 @@
 """Do refined volumes keep the difference between diagnostic groups inside the disease-related networks?
 
-    python -m benchmarks.group_difference checkpoints/best_refine.pth [--data_root ... --cache_dir ...]
+    python -m benchmarks.group_difference checkpoints/best_refine.pth
 
 Per direction, over the test subjects: the map of the mean NC volume minus the mean AD volume inside the pattern masks,
 of real, coarse and refined volumes. Prints its mean over the voxels; its RMS, both in units of [-1, 1]; and "kept", its
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import run_report
-from data.study import Study, read_study
+from benchmarks import open_run, run_report
+from data.study import Study
 from models.diffusion import name_key
-from synthesis.model import TrainedModel, open_model
-from training.checkpoint import STAGE_2, read_checkpoint, refuse_another_run
-from training.launch import choose_device
+from synthesis.model import TrainedModel
+from training.checkpoint import STAGE_2
 from utils.errors import UserError
 
 GROUPS = ("NC", "AD")
@@ -66,14 +65,7 @@ def kept(synthetic: np.ndarray, real: np.ndarray, groups: np.ndarray) -> tuple[f
 
 
 def report(checkpoint: Path, settings) -> None:
-    state = read_checkpoint(checkpoint, (STAGE_2,))
-    for name, value in state["options"].items():  # as in the run, except for where things are
-        if name not in ("data_root", "cache_dir", "device"):
-            setattr(settings, name, value)
-    settings.resume_path = str(checkpoint)
-    settings.validate()
-    study, model = read_study(settings), open_model(settings, choose_device(settings.device))
-    refuse_another_run(checkpoint, state, {}, study.identity)
+    study, model = open_run(checkpoint, settings, (STAGE_2,))
     members = [i for i in study.roles["test"] if study.pairs[i].group in GROUPS]
     groups = np.array([study.pairs[i].group for i in members])
     if set(groups) != set(GROUPS):

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks import STAGE_1_FIRST
 from data import demo
 from training.checkpoint import FILES, STAGE_1, STAGE_2, read_checkpoint
 from utils.errors import UserError
 
 CHECKPOINT_EVERY = 5
-OPTIONS = ["--base_channels=8", "--unet_depth=2", "--epochs=6", "--refine_epochs=6", "--batch_size=2",
+OPTIONS = [*STAGE_1_FIRST, "--base_channels=8", "--unet_depth=2", "--epochs=6", "--refine_epochs=6", "--batch_size=2",
            "--sampling_steps=4", f"--checkpoint_every={CHECKPOINT_EVERY}", "--validate_every=2",
            "--num_samples=1", "--warmup_steps=2", "--folds=3", "--no-tensorboard", "--max_overhead=1"]
 SUBJECTS = 10

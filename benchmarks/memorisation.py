@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import run_report
+from benchmarks import open_run, run_report
 from data.intensity import scale
-from data.study import Study, read_study
+from data.study import Study
 from data.volumes import read_volume
 from synthesis.derivatives import parameters, read_sidecars
-from training.checkpoint import STAGE_1, STAGE_2, read_checkpoint
 from utils.errors import UserError
 from utils.files import write_table
 from utils.stop import interruptible
@@ -47,15 +46,9 @@ def nearest_training_volumes(study: Study, modality: str, volumes: Iterator[np.n
 
 
 def report(folder: Path, settings) -> None:
-    state = read_checkpoint(Path(settings.resume_path), (STAGE_1, STAGE_2))
-    kept = {"cache_dir", "device"} | (settings.edited & {"data_root"})
-    for name, value in state["options"].items():  # as in the run
-        if name not in kept:
-            setattr(settings, name, value)
-    study = read_study(settings)
+    study, model = open_run(settings.resume_path, settings)
     if parameters(folder).get("Training") != study.identity:
-        raise UserError(f"{folder}: no new pairs of a model that was trained on the pairs in opt.data_root = "
-                        f"{settings.data_root!r}; name the study that it was trained on")
+        raise UserError(f"{folder}: no new pairs of the model opt.resume_path = {settings.resume_path!r}")
     held_out = sorted({*study.roles["validation"], *study.roles["test"]} - {*study.roles["train"]})
     if not held_out:
         raise UserError("there are no held-out subjects to compare with: the model was trained with opt.folds = 1")
@@ -64,7 +57,7 @@ def report(folder: Path, settings) -> None:
         samples = [(path, sidecar["Subject"]) for path, sidecar in tree if sidecar["Direction"] == f"->{modality}"]
         nearest = nearest_training_volumes(study, modality, itertools.chain(
             (study.volumes([i])[modality][0, 0].numpy() for i in held_out),
-            (scale(read_volume(path, "first").voxels, *state["ranges"][modality]) for path, _ in samples)),
+            (scale(read_volume(path, "first").voxels, *model.ranges[modality]) for path, _ in samples)),
             "flip" in settings.augment)
         others, nearest = [distance for distance, _ in nearest[:len(held_out)]], nearest[len(held_out):]
         smallest, median = min(others), float(np.median(others))

@@ -1,6 +1,6 @@
 """What realism costs: error against texture, along the line from the expected volume to a sample.
 
-    python -m benchmarks.realism checkpoints/best_refine.pth [options of main.py, as the run had them]
+    python -m benchmarks.realism checkpoints/best_refine.pth
 
 Translates the test subjects with opt.realism = 0, 0.25, 0.5, 0.75 and 1. Prints per direction: PSNR and SSIM; the power
 at 0.25 .. 0.5 cycles per voxel over that of the real volume (1: as much texture, below: blur); and the log-spectral
@@ -11,12 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import run_report
-from data.study import read_study
+from benchmarks import open_run, run_report
 from models.diffusion import name_key
-from synthesis.model import open_model
-from training.checkpoint import STAGE_1, STAGE_2, read_checkpoint, refuse_another_run
-from training.launch import choose_device
 from utils.metrics import basic_scores, sharpness, spectrum
 
 REALISM = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -32,10 +28,8 @@ def texture(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
 
 
 def report(checkpoint: Path, settings) -> None:
-    settings.validate()
-    settings.resume_path, settings.realism, study = str(checkpoint), max(REALISM), read_study(settings)
-    refuse_another_run(checkpoint, read_checkpoint(checkpoint, (STAGE_1, STAGE_2)), {}, study.identity)
-    model = open_model(settings, choose_device(settings.device))
+    settings.realism = max(REALISM)
+    study, model = open_run(checkpoint, settings)
     print("| direction | realism | PSNR, dB | SSIM | fine power | log-spectral distance, dB |")
     print(f"|{'---|' * 6}")
     for source, target in model.prior.network.directions:

@@ -1,6 +1,6 @@
 """Network evaluations and time of each sampler against quality.
 
-    python -m benchmarks.sampling checkpoints/best_model.pth [options of main.py, as the run had them]
+    python -m benchmarks.sampling checkpoints/best_model.pth
 
 For translations both ways and joint samples of the first validation subjects, eta 0, in float32: seconds per volume
 (per pair for joint samples); root mean square error (volumes in [-1, 1], same noise) to many steps of DPM-Solver++(2M),
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks import run_report
-from benchmarks.stage1_quality import open_run
+from benchmarks.stage1_quality import open_prior
 from data.study import Study
 from models.diffusion import Purpose
 from models.prior import Prior
@@ -62,7 +62,7 @@ def table(rows: list[dict]) -> str:
 
 def report(checkpoint: Path, settings) -> None:
     settings.precision = "fp32"
-    study, prior = open_run(checkpoint, settings)
+    study, prior = open_prior(checkpoint, settings)
     print(table(compare(prior, study, settings.seed)))
 
 

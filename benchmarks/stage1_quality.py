@@ -1,6 +1,6 @@
 """Quality of the stage-1 model on subjects that it was not trained on.
 
-    python -m benchmarks.stage1_quality checkpoints/best_model.pth [options of main.py, as the run had them]
+    python -m benchmarks.stage1_quality checkpoints/best_model.pth
 
 Prints, over the test subjects: translation both ways (single samples, their mean, and the expected volume, compared
 with that mean, the mean training volume and the expected volume given another subject's source; and its share of the
@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import run_report
-from data.study import Study, read_study
+from benchmarks import open_run, run_report
+from data.study import Study
 from models.diffusion import Purpose, Volumes
 from models.prior import Prior
 from models.samplers import Sampling
-from training.checkpoint import STAGE_1, read_checkpoint, refuse_another_run
-from training.launch import choose_device, set_precision
+from training.checkpoint import STAGE_1
 from utils.errors import UserError
 from utils.metrics import basic_scores, gain_text
 
@@ -29,15 +28,12 @@ SAMPLES = 8  # per subject and direction, and per batch of joint samples
 JOINT = 24  # joint samples
 
 
-def open_run(checkpoint: Path, settings) -> tuple[Study, Prior]:
-    """A stage-1 model and the study that it was trained on. Raises UserError where the study or its split differs."""
-    settings.validate()
-    study, device, state = read_study(settings), choose_device(settings.device), read_checkpoint(checkpoint, (STAGE_1,))
-    refuse_another_run(checkpoint, state, {}, study.identity)
-    prior = Prior.from_checkpoint(state, device, set_precision(settings.precision, device))
-    if not prior.has_expected_volume:
+def open_prior(checkpoint: Path, settings) -> tuple[Study, Prior]:
+    """The study of a stage-1 model, and the model. Raises UserError as `open_run`, and without expected volumes."""
+    study, model = open_run(checkpoint, settings, (STAGE_1,))
+    if not model.prior.has_expected_volume:
         raise UserError(f"{checkpoint}: has no expected volume (opt.prediction, opt.timestep_coupling)")
-    return study, prior
+    return study, model.prior
 
 
 def sampling_of(settings) -> Sampling:
@@ -96,7 +92,7 @@ def joint_scores(prior: Prior, study: Study, settings, count: int) -> dict[str, 
 
 
 def report(checkpoint: Path, settings) -> None:
-    study, prior = open_run(checkpoint, settings)
+    study, prior = open_prior(checkpoint, settings)
     rows = translation_scores(prior, study, settings, study.roles["test"])
     for direction in dict.fromkeys(row["direction"] for row in rows):
         scores = [row for row in rows if row["direction"] == direction]

@@ -33,6 +33,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import STAGE_1_FIRST
 from data.study import Study, read_study
 from opt import PRESETS, opt
 from train import Stage1
@@ -50,7 +51,7 @@ SIZES = [OWN, "32x32x18/48x48x30", "48x48x27/72x72x45"]
 COUNTED_STEPS = 2  # counting takes several times as long
 RSS_PER_GIB = 2**20 if sys.platform == "linux" else 2**30  # ru_maxrss counts KiB on Linux, bytes on macOS
 OF_A_RANDOM_STUDY = ["--folds=1", "--space=native", "--resize=none"]
-NOTHING_BUT_STEPS = [*OF_A_RANDOM_STUDY, "--no-tensorboard", "--no-refine", "--epochs=1000", "--refine_epochs=1000",
+NOTHING_BUT_STEPS = [*OF_A_RANDOM_STUDY, *STAGE_1_FIRST, "--no-tensorboard", "--epochs=1000", "--refine_epochs=1000",
                      "--validate_every=1000000", "--checkpoint_every=1000000", "--max_steps=0"]
 
 

@@ -78,7 +78,6 @@ def write_report(folder: Path, rows: list[dict]) -> None:
 
 
 def report(folder: Path, settings) -> None:
-    settings.validate()
     model, rows = open_model(settings, choose_device(settings.device)), []
     if parameters(folder).get("Weights") != model.provenance["Weights"]:
         raise UserError(f"{folder}: no translations of the model opt.resume_path = {settings.resume_path!r}")

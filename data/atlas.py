@@ -3,6 +3,7 @@
 dosenbach160.csv: 160 ROIs in six networks (Dosenbach et al., Science 329 (2010) 1358-1361), as nilearn distributes it.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.ndimage import affine_transform
 from scipy.spatial import cKDTree
 
 from data.pairs import Pair
-from data.problems import Problem
+from data.problems import Problem, VolumeError
 from data.volumes import read_volume
 from utils.errors import UserError
 
@@ -38,45 +39,48 @@ def pattern_mask(size: tuple[int, int, int], affine: np.ndarray, centres: np.nda
 
 
 class LabelImage:
-    """A NIfTI image of labels; labels: the chosen ones, () for all but 0. Raises VolumeError.
+    """A NIfTI image of labels, integers above 0. Raises VolumeError where it cannot be read."""
 
-    required: the labels are those of opt.pattern_labels; raises UserError where one of them is missing.
-    """
-
-    def __init__(self, path: Path, labels: tuple[int, ...], required: bool = True):
+    def __init__(self, path: Path):
         scan = read_volume(path, "first")
-        voxels, self.affine = np.rint(scan.voxels), scan.affine
-        present = np.unique(voxels[voxels > 0]).astype(int).tolist()
-        if required and (missing := sorted(set(labels) - set(present))):
-            raise UserError(f"opt.pattern_labels names {', '.join(map(str, missing))}, but {path} has only "
-                            f"{', '.join(map(str, present))}; correct one of them")
-        self.chosen = np.isin(voxels, labels or present).astype(np.float32)
+        self.voxels, self.affine = np.rint(scan.voxels), scan.affine
+        self.labels = set(np.unique(self.voxels[self.voxels > 0]).astype(int).tolist())
 
-    def mask(self, size: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
-        """Bool (X, Y, Z) on another grid: at least half of 27 points in each voxel have a chosen label."""
+    def mask(self, labels: tuple[int, ...], size: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
+        """Bool (X, Y, Z) on another grid: at least half of 27 points in each voxel have one of the labels; (): any."""
+        chosen = np.isin(self.voxels, labels or list(self.labels)).astype(np.float32)
         to_labels = np.linalg.inv(self.affine) @ affine
         offsets = [to_labels[:3, :3] @ (np.array(index) - 1) / 3 for index in np.ndindex(3, 3, 3)]
-        hits = sum(affine_transform(self.chosen, to_labels[:3, :3], to_labels[:3, 3] + offset, output_shape=size,
+        hits = sum(affine_transform(chosen, to_labels[:3, :3], to_labels[:3, 3] + offset, output_shape=size,
                                     order=0, mode="grid-constant")  # up to the outer edges of its voxels
                    for offset in offsets)
         return hits >= len(offsets) / 2
 
 
+def unreadable_labels(pair: Pair, path: str) -> list[Problem]:
+    """What is wrong with the label image of a pair; an incomplete visit may lack it."""
+    file = pair.file_of(path)
+    try:
+        if pair.is_complete or file.exists():
+            LabelImage(file)
+    except VolumeError as error:
+        return [dataclasses.replace(problem, subject=pair.name) for problem in error.problems]
+    return []
+
+
 def region_masks(opt, pair: Pair, size: tuple[int, int, int], affine: np.ndarray) -> dict[str, np.ndarray]:
     """The regions of opt.region_labels in a pair's opt.region_file: name -> bool (X, Y, Z) on a grid, maybe empty."""
-    return {name: image.mask(size, affine) for name, image in _region_images(opt, pair).items()}
+    if not opt.region_file:
+        return {}
+    image = LabelImage(pair.file_of(opt.region_file))
+    return {name: image.mask(labels, size, affine) for name, labels in opt.regions().items()}
 
 
 def empty_regions(opt, pairs: list[Pair]) -> list[Problem]:
     """Regions that no pair has. Raises VolumeError where an image of theirs cannot be read."""
-    empty = set(opt.region_labels)
-    for pair in pairs:
-        empty -= {name for name, image in _region_images(opt, pair).items() if image.chosen.any()}
+    if not opt.region_file or not pairs:
+        return []
+    found = set().union(*(LabelImage(pair.file_of(opt.region_file)).labels for pair in pairs))
     return [Problem(f"opt.region_labels, {name}", f"no image of {opt.region_file} has such a label",
                     "correct one of them, or there will be no scores of it", fatal=False)
-            for name in opt.region_labels if name in empty and pairs]
-
-
-def _region_images(opt, pair: Pair) -> dict[str, LabelImage]:
-    path = pair.file_of(opt.region_file)
-    return {name: LabelImage(path, labels, required=False) for name, labels in opt.regions().items()}
+            for name, labels in opt.regions().items() if found.isdisjoint(labels)]

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
+from data.atlas import empty_regions, unreadable_labels
 from data.cache import Reading, content, doubts, identical_scans, to_grid
 from data.grids import spacing_of
 from data.overlay import PAIRS_SHOWN, overlay, save_overlays
@@ -40,6 +41,7 @@ def check_study(opt) -> bool:
                         'if it has both, give them the same subject and session; opt.incomplete = "leave_out" leaves '
                         "it out", pairs[i].name, fatal=False) for i in roles.get("incomplete", [])]
             groups_to_learn(opt, pairs, roles)
+            problems += empty_regions(opt, [pairs[i] for i in roles["test"]])
         except DataError as error:
             problems += error.problems
     try:
@@ -48,7 +50,7 @@ def check_study(opt) -> bool:
         problems += error.problems
     for pair in interruptible(tqdm(pairs, desc="reading", unit="pair", disable=None)):
         examined, found = _examine(pair, readings, alignment)
-        problems += found
+        problems += found + (unreadable_labels(pair, opt.pattern_file) if opt.pattern_file else [])
         for modality, file in examined.items():
             files[modality].append(file)
         scans = {modality: vars(file).pop("scan") for modality, file in examined.items()}

@@ -73,20 +73,24 @@ class Study:
         return modality in self.pairs[i].files
 
     def set_pattern(self, opt) -> None:
-        """Make the masks of opt.pattern_networks or opt.pattern_file. Raises UserError if one is empty."""
-        centres, shared = roi_centres(opt.pattern_networks), {}  # pairs on the same grid share a mask
+        """Make the masks of opt.pattern_networks or opt.pattern_file. Raises UserError where they cannot be right."""
+        centres, shared, labels = roi_centres(opt.pattern_networks), {}, set()  # pairs on the same grid share a mask
         read_labels = functools.lru_cache(1)(LabelImage)  # only the last: each subject may have its own
 
         def mask_for(modality: str, i: int, source: str) -> torch.Tensor:
             size, affine = self.sizes[modality], self.affines[modality][i]
             key = size, source, affine.round(4).tobytes() if source else b""
             if key not in shared:
-                mask = (np.zeros(size, dtype=bool) if not source else
-                        read_labels(Path(source), tuple(opt.pattern_labels)).mask(size, affine) if opt.pattern_file else
-                        pattern_mask(size, affine, centres, opt.pattern_radius))
-                if source and not mask.any():
-                    raise UserError(f"{self.pairs[i].files[modality]}: no voxel of it lies in {source}; correct "
-                                    'opt.pattern_file, or set opt.space = "native" if it is not in MNI space')
+                mask = np.zeros(size, dtype=bool)
+                if source and opt.pattern_file:
+                    image = read_labels(Path(source))
+                    labels.update(image.labels)
+                    mask = image.mask(tuple(opt.pattern_labels), size, affine)
+                elif source:
+                    mask = pattern_mask(size, affine, centres, opt.pattern_radius)
+                    if not mask.any():
+                        raise UserError(f"{self.pairs[i].files[modality]}: no voxel of it lies in {source}; set "
+                                        'opt.space = "native" if it is not in MNI space')
                 shared[key] = torch.from_numpy(mask)[None]
             return shared[key]
 
@@ -95,11 +99,16 @@ class Study:
             in_mni = opt.space == "mni" or (opt.space == "auto" and pair.in_mni)
             source = "the ROIs" if len(centres) and in_mni else ""
             if opt.pattern_file:
-                labels = pair.file_of(opt.pattern_file)  # often made from the scan that an incomplete visit lacks
-                source = str(labels) if pair.is_complete or labels.exists() else ""
-            self.has_pattern[i] = bool(source)
+                file = pair.file_of(opt.pattern_file)  # often made from the scan that an incomplete visit lacks
+                source = str(file) if pair.is_complete or file.exists() else ""
             for modality in self.modalities:
                 self._masks[modality].append(mask_for(modality, i, source if modality in pair.files else ""))
+            self.has_pattern[i] = any(bool(masks[i].any()) for masks in self._masks.values())
+        wrong = sorted(set(opt.pattern_labels) - labels)
+        if opt.pattern_file and (wrong or not any(self.has_pattern)):  # a subject may have none: a patient's control
+            what = f"labels {', '.join(map(str, wrong))} of opt.pattern_labels" if wrong else "labels over the volumes"
+            raise UserError(f"opt.pattern_file = {opt.pattern_file!r}: no pair has {what}; the images have "
+                            f"{', '.join(map(str, sorted(labels)[:20])) or 'none'}. Correct one of them")
 
     def pattern_fingerprint(self) -> str:
         """Hash of all pattern masks."""
@@ -241,10 +250,12 @@ def read_study(opt) -> Study:
     scored = [pairs[i] for i in roles["test"] if opt.refine]
     print_notes(warnings + left_out + study.problems + empty_regions(opt, scored))
     study.set_pattern(opt)
-    if opt.pattern_weight and not opt.pattern_file and not all(study.has_pattern):
-        print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs are not known to be in MNI space, as the "
-              "ROIs are: all their voxels have the same weight in the loss. Set opt.space = \"mni\" if they are in it, "
-              "or opt.pattern_file to a label image of your own")
+    if opt.pattern_weight and (opt.pattern_file or opt.pattern_networks) and not all(study.has_pattern):
+        why, remedy = (("have no such label in opt.pattern_file", "") if opt.pattern_file else
+                       ("are not known to be in MNI space, as the ROIs are", '. Set opt.space = "mni" if they are in '
+                        "it, or opt.pattern_file to a label image of your own"))
+        print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs {why}: all their voxels have the same "
+              f"weight in the loss{remedy}")
     if misaligned := study.misaligned_pairs():
         print(f"note: {len(misaligned)} of {len(pairs)} pairs are misaligned, for example {misaligned[0]}")
     if opt.folds == 1:

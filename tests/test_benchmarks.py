@@ -80,7 +80,7 @@ def test_quality_of_stage_1_is_printed_and_perfect_for_a_prior_that_samples_the_
 
 
 def test_samplers_are_compared_with_their_limit(grouped):
-    study, prior = stage1_quality.open_run(grouped[1] / "best_model.pth", settings_of(grouped[0]))
+    study, prior = stage1_quality.open_prior(grouped[1] / "best_model.pth", settings_of(grouped[0]))
     rows = sampling.compare(prior, study, 0, (("dpmpp", 5), ("ddim", 5)), ("dpmpp", 40))
     assert {row["kind"] for row in rows} == {"joint", "given fmri", "given dmri"}
     for row in rows:
@@ -465,7 +465,7 @@ def test_crps_and_coverage_of_known_distributions(grouped, capsys):
     calibration.report(checkpoint, settings_of([*options, "--uncertainty_samples", "3"]))
     lines = capsys.readouterr().out.splitlines()
     assert sum("->" in line for line in lines) == 2 * 4 and any("resampled residuals" in line for line in lines)
-    with pytest.raises(UserError, match="other subjects"):
+    with pytest.raises(UserError, match="the split: not the same"):
         calibration.report(checkpoint, settings_of([*options, "--uncertainty_samples", "3", "--fold", "1"]))
 
 

@@ -81,5 +81,5 @@ def test_copies_of_training_volumes_are_flagged(trained, study_csv, tmp_path, mo
         assert (row["flagged"] == "yes") == (float(row["distance"]) < 0.05) == (row["nearest"] == copied) == is_copy
     assert capsys.readouterr().out.count("1 of 2 samples are closer to a training volume than any held-out") == 2
     table = write_csv(tmp_path / "pairs.csv", rows_of(study_csv)[1:])
-    with pytest.raises(UserError, match="name the study"):
+    with pytest.raises(UserError, match="give --data_root"):
         memorisation.report(tmp_path / "out/joint", settings_of([*command, "--data_root", str(table)]))

@@ -44,6 +44,15 @@ def test_a_resumed_log_equals_that_of_one_run(tmp_path, at):
     assert path.read_bytes() == once
 
 
+def test_a_validation_that_is_not_repeated_keeps_its_row(tmp_path):
+    """Put off by opt.max_overhead, it was due at a step of no round number, at which the best model was saved."""
+    run(tmp_path, range(3)).write("validation", 3, epoch=1, psnr=33.0)
+    before = (tmp_path / "log.csv").read_text()
+    assert before.endswith("training,3,1,0.333333,\nvalidation,3,1,,33\n")
+    run(tmp_path, range(3, 4)).write("samples", 3, epoch=1, psnr=9.0)
+    assert (tmp_path / "log.csv").read_text().startswith(before)
+
+
 @pytest.mark.parametrize("name, replace", [
     ("log.csv", lambda path: path.write_text("epoch,loss\n1,2\n")), ("log.csv", os.mkdir), ("run_id.txt", Path.touch)])
 def test_a_log_of_another_run_is_refused_and_left_alone(tmp_path, name, replace):

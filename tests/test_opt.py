@@ -47,7 +47,7 @@ def test_both_presets_are_valid():
     ("image_size", {"fmri": "big", "dmri": 64}, "give an int"), ("image_size", 1000, "at most"),
     ("image_size", {"t1": 64, "t2": 64}, "each modality of ('fmri', 'dmri')"),
     ("modalities", ("fmri", "fmri"), "two different names"), ("modalities", ("fmri", "d/mri"), "two different names"),
-    ("fold", 5, "0 .. 4, with opt.folds = 5"), ("reduce", {"fmri": "mean"}, "one for each of"),
+    ("modalities", ("T1", "t1w"), "the same BIDS name"), ("reduce", {"fmri": "mean"}, "one for each of"),
     ("intensity", {"t1": "minmax"}, "one for each of"), ("intensity", {"fmri": "minmax", "dmri": "max"}, "choose from"),
     ("pattern_labels", (0, 3), "above 0 (background)"),
     ("region_labels", {"edema": 2}, "set opt.region_file"), ("pattern_labels", (3,), "set opt.pattern_file"),
@@ -75,11 +75,11 @@ def test_regions_need_new_names_and_labels(labels):
 
 def test_all_problems_are_reported_at_once():
     chosen = small()
-    chosen.fold, chosen.timesteps, chosen.sizes = 9, 1, 3
+    chosen.base_channels, chosen.timesteps, chosen.sizes = 20, 1, 3
     with pytest.raises(UserError, match=r"opt.sizes: there is no such setting; did you mean opt.resize\?") as refusal:
         chosen.validate()
     assert sorted(line.split()[0] for line in str(refusal.value).splitlines()) == [
-        "opt.fold", "opt.sampling_steps", "opt.sizes:", "opt.timesteps"]  # sampling_steps is above timesteps now
+        "opt.base_channels", "opt.sampling_steps", "opt.sizes:", "opt.timesteps"]  # it is below sampling_steps now
     chosen.check, chosen.fusion = True, "middle"  # combinations are not judged while a type is wrong
     assert [line.split()[0] for line in problems_of(chosen)] == ["opt.sizes:", "opt.fusion", "opt.timesteps"]
     dataclasses.replace(small(), image_size=3, check=True).validate()  # the check suggests sizes

@@ -1,5 +1,6 @@
 """Splitting subjects into training, validation and test sets, and the groups that can be learnt."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,13 @@ def test_the_fold_column_or_a_single_fold_decides_and_the_split_is_written(tmp_p
     write_split(tmp_path / "split.csv", study(9, 3), roles)
     rows = read_csv(tmp_path / "split.csv")
     assert [i for i, row in enumerate(rows) if row["role"] == role] == test and rows[3]["group"] == "AD"
+
+
+def test_a_fold_column_may_count_from_one_and_beyond_opt_folds():
+    pairs = [dataclasses.replace(pair, fold=pair.fold + 1) for pair in study(18, 6)]
+    assert [split_subjects(pairs, 5, fold, 0.2, 0)["test"] for fold in (1, 6)] == [[0, 6, 12], [5, 11, 17]]
+    with pytest.raises(DataError, match=r"set opt.fold to one of \[1, 2, 3, 4, 5, 6\]"):
+        split_subjects(pairs, 5, 0, 0.2, 0)
 
 
 @pytest.mark.parametrize("pairs, folds, fold, message", [

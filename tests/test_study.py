@@ -10,6 +10,7 @@ import pytest
 import torch
 from nibabel.affines import from_matvec
 
+from data.check import check_study
 from data.problems import DataError
 from data.split import ROLES
 from data.study import Study, find_study, read_study, steps_per_epoch, training_batch
@@ -99,9 +100,27 @@ def test_each_subject_may_have_its_own_label_image(tmp_path):
         assert study.masks([number])["dmri"].any() and study.has_pattern[number]
     assert not study.has_pattern[6] and not study.masks([6])["dmri"].any()
     save(tmp_path / "far.nii", np.ones((4, 4, 4), np.uint8), from_matvec(np.eye(3), [3000.0, 0, 0]))
-    for file, message in (("none.nii", "no such file"), ("far.nii", "no voxel of it lies in .*far.nii")):
+    wrong = ({"pattern_file": str(tmp_path / "none.nii")}, "no such file"), (
+        {"pattern_file": str(tmp_path / "far.nii")}, "no pair has labels over the volumes; the images have 1"), (
+        {"pattern_labels": (1, 4, 5)}, "no pair has labels 4, 5 of opt.pattern_labels; the images have 1")
+    for changes, message in wrong:
         with pytest.raises(UserError, match=message):
-            study.set_pattern(replace(settings, pattern_file=str(tmp_path / file)))
+            study.set_pattern(replace(settings, **changes))
+
+
+def test_a_subject_without_the_label_has_the_same_weight_everywhere_and_a_note_says_so(tmp_path, capsys):
+    table = write_pairs(tmp_path / "s", name="{}_{}.nii.gz")
+    study = read_study(options(table, tmp_path))
+    for number, pair in enumerate(study.pairs):
+        labels = np.zeros(SIZES["fmri"], np.uint8)
+        labels[4:8] = number > 0
+        save(tmp_path / f"{pair.subject}_labels.nii.gz", labels, study.affines["fmri"][number])
+    settings = options(table, tmp_path, pattern_file=str(tmp_path / "{subject}_labels.nii.gz"), pattern_labels=(1,))
+    study = read_study(settings)
+    assert study.has_pattern == [False, True, True, True, True, True] and not study.masks([0])["dmri"].any()
+    assert "note: 1 of 6 pairs have no such label in opt.pattern_file" in capsys.readouterr().out
+    (tmp_path / "sub-03_labels.nii.gz").write_bytes(b"no image")
+    assert not check_study(replace(settings, result_dir=str(tmp_path))) and "sub-03_labels" in capsys.readouterr().out
 
 
 def test_the_same_scan_under_two_names_is_refused(tmp_path):

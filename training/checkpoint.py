@@ -114,8 +114,7 @@ def read_checkpoint(path: Path, stages: tuple[str, ...]) -> dict:
     Raises DamagedError where the file is not complete, UserError where it cannot be used here.
     """
     if not os.path.isfile(path):  # no error where its folder may not be looked at
-        what = ("is not a file: move it away" if os.path.exists(path) else
-                "there is no such checkpoint, or it may not be read")
+        what = "is not a file" if os.path.exists(path) else "there is no such checkpoint, or it may not be read"
         raise UserError(f"{path}: {what}. Set opt.resume_path to a checkpoint that exists: best_model.pth, which stage "
                         "1 writes, to start stage 2; last_refine.pth, which contains its backbone, to resume it; "
                         "best_refine.pth for sample.py; leave it empty for stage 1")

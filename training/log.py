@@ -27,8 +27,8 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "nibabel", "skimage", "tqd
 class Log:
     """Appends rows to a CSV file on the main rank, and shows their curves in TensorBoard if asked to.
 
-    columns: "kind" (training, validation or samples), "step", and others. A run that resumes at `step` drops the rows
-    that it will write again. Raises UserError if the file belongs to another run.
+    columns: "kind" (training, validation or samples), "step", and others. A run that resumes at `step` drops the
+    rows of later steps, and writes none of this step twice. Raises UserError if the file belongs to another run.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...], step: int, run_id: str, tensorboard: bool = False):
@@ -41,7 +41,8 @@ class Log:
         if (os.path.exists(path) and not text.startswith(header)) or (rows and known.strip() != run_id):
             raise UserError(f"{path}: belongs to another run than opt.checkpoint_dir, or cannot be read. Move the "
                             "old results away, or choose another opt.result_dir")
-        write_text(path, header + "".join(row for row, kind, at in rows if int(at) < step + (kind == "training")))
+        write_text(path, header + "".join(row for row, _, at in rows if int(at) <= step))
+        self._kept = {(kind, step) for _, kind, at in rows if int(at) == step}
         write_text(owner, run_id)
         if tensorboard:
             try:
@@ -52,7 +53,7 @@ class Log:
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append a row; floats with six significant digits."""
-        if not is_main_rank():
+        if not is_main_rank() or (kind, step) in self._kept:
             return
         cells = [{"kind": kind, "step": step, **values}.get(name, "") for name in self.columns]
         try:
