@@ -1,14 +1,13 @@
-"""Which settings are worth it: variants of one stage, trained with equal steps or equal time, over several seeds.
+"""Which settings are worth it: variants of one stage, trained with equal steps, over several seeds.
 
     python -m benchmarks.ablation --steps 200 --seeds 3                                 [any options of main.py]
-    python -m benchmarks.ablation --stage 2 --minutes 3 --variants default "regression only" "joint prior"
+    python -m benchmarks.ablation --stage 2 --steps 200 --variants default "regression only" "joint prior"
     python -m benchmarks.ablation --steps 200 --variants default L1 --add "L1=--loss l1 --learning_rate 5e-4"
 
 Trains every variant and seed with `python main.py` in a folder of its own; stage 2 refines one stage 1 per seed, of the
-same length. Minutes become steps by each variant's own time per step (benchmarks/step.py). Run the same command to
-resume. Writes runs.csv, with the last scores of validation subjects in each log.csv ("validation": x0 error in stage 1,
-PSNR in stage 2; "psnr" and "ssim": of samples), and table.md: mean and standard deviation over seeds, and the default
-minus each variant, paired by seed, with its 95 % interval.
+same length. Run the same command to resume. Writes runs.csv, with the last scores of validation subjects in each
+log.csv ("validation": x0 error in stage 1, PSNR in stage 2; "psnr" and "ssim": of samples), and table.md: mean and
+standard deviation over seeds, and the default minus each variant, paired by seed, with its 95 % interval.
 """
 
 import argparse
@@ -22,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import STAGE_1_FIRST, run_child
-from benchmarks.step import run_case
 from utils.files import write_table, write_text
 from utils.metrics import gain_text
 
@@ -65,18 +63,12 @@ def train(folder: Path, stage: int, steps: int, options: list[str]) -> dict:
     return scores(folder, stage, steps)
 
 
-def plan_steps(own: argparse.Namespace, runs: dict[str, tuple[int, list[str]]]) -> dict[str, int]:
-    """name -> steps, timed once and kept in plan.json. Exits where --out holds another ablation."""
-    path = own.out / "plan.json"
+def keep_to_plan(path: Path, runs: dict[str, list]) -> None:
+    """Write name -> stage, steps and options of each run. Exits where --out holds another ablation."""
     plan = json.loads(path.read_text()) if path.exists() else {}
-    for name, (stage, options) in runs.items():
-        steps = own.steps or plan.get(name, {}).get("steps") or round(
-            60 * own.minutes / run_case(options, stage)["seconds_per_step"])
-        entry = {"options": options, "minutes": own.minutes, "steps": max(1, steps)}
-        if plan.setdefault(name, entry) != entry:
-            raise SystemExit(f"{path}: {name} was planned with other options or another length; choose another --out")
-    write_text(path, json.dumps(plan, indent=1))
-    return {name: plan[name]["steps"] for name in runs}
+    if other := [name for name, run in runs.items() if plan.get(name, run) != run]:
+        raise SystemExit(f"{path}: {', '.join(other)} was run with other options or steps; choose another --out")
+    write_text(path, json.dumps(plan | runs, indent=1))
 
 
 def table(rows: list[dict]) -> str:
@@ -100,13 +92,14 @@ def table(rows: list[dict]) -> str:
 
 def ablate(own: argparse.Namespace, base: list[str], variants: dict[str, str]) -> None:
     """base: options of all runs; variants: name -> the options that differ."""
-    runs = {"stage 1": (1, base)} if own.stage == 2 else {}
-    runs |= {name: (own.stage, base + shlex.split(options)) for name, options in variants.items()}
-    steps, rows = plan_steps(own, runs), []
-    for seed, (name, (stage, options)) in itertools.product(range(own.seeds), runs.items()):
+    runs = {"stage 1": [1, own.steps, base]} if own.stage == 2 else {}
+    runs |= {name: [own.stage, own.steps, base + shlex.split(options)] for name, options in variants.items()}
+    keep_to_plan(own.out / "plan.json", runs)
+    rows = []
+    for seed, (name, (stage, steps, options)) in itertools.product(range(own.seeds), runs.items()):
         prior = own.out / f"stage 1, seed {seed}" / "best_model.pth"
         options = [*options, f"--seed={seed}", *(["--refine", f"--resume_path={prior}"] if stage == 2 else [])]
-        found = train(own.out / f"{name}, seed {seed}", stage, steps[name], options)
+        found = train(own.out / f"{name}, seed {seed}", stage, steps, options)
         if name in variants:
             rows.append({"variant": name, "seed": seed, **found})
             write_table(own.out / "runs.csv", COLUMNS, rows)
@@ -117,9 +110,7 @@ def ablate(own: argparse.Namespace, base: list[str], variants: dict[str, str]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--steps", type=int, default=0, help="of every run")
-    length.add_argument("--minutes", type=float, help="of training of every run, without validation and sampling")
+    parser.add_argument("--steps", type=int, required=True, help="of every run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", help="names; without it, all")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=OPTIONS", help="a variant of your own")

@@ -104,7 +104,7 @@ def test_ablation_trains_every_variant_and_seed_once(grouped, tmp_path, monkeypa
 
     calls, variants = [], {"default": "", "other": "--coarse none"}
     monkeypatch.setattr(ablation, "run_child", run)
-    own = SimpleNamespace(stage=2, steps=2, minutes=None, seeds=2, out=tmp_path)
+    own = SimpleNamespace(stage=2, steps=2, seeds=2, out=tmp_path)
     for _ in range(2):  # finished runs are not repeated
         ablation.ablate(own, grouped[0], variants)
     rows = read_csv(tmp_path / "runs.csv")

@@ -15,7 +15,8 @@ FINISHED, REFUSED, STOPPED = 0, 2, 3
 RESUME = "run the same command to resume."
 OUT_OF_MEMORY = ("out of memory. For the same result with less memory, raise opt.accumulate, set "
                  "opt.gradient_checkpointing = True, or use fewer ranks per machine. Otherwise lower opt.batch_size, "
-                 "opt.base_channels or opt.image_size (with opt.resize), or raise opt.patch_size")
+                 "opt.base_channels or opt.image_size (with opt.resize), or raise opt.patch_size. In sample.py, lower "
+                 "opt.batch_size")
 
 
 def run_program(run: Callable[[object], int], settings) -> int:
