@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import UserError
 from utils.stop import stop
 
-TIMEOUT = timedelta(hours=2)  # the main rank may draw pictures or read a study meanwhile; a rank that dies ends the job
+TIMEOUT = timedelta(days=1)  # the main rank may read a large study, draw or score meanwhile; torchrun notices deaths
 GRACE_SECONDS = 5.0  # within which torchrun notices that a rank has ended
 
 
