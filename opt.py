@@ -138,8 +138,8 @@ class Options(Settings):
     # store only the inputs of the residual blocks and recompute the rest: less memory, more time, the same gradient
     gradient_checkpointing: bool = setting(False, affects="nothing")
     epochs: int = setting(50, at_least=1, affects="nothing")  # stage 1: passes over the training pairs
-    # stage 2: passes over the training pairs, and over visits with one scan, if they are used; where these outnumber
-    # the pairs, a pass repeats the pairs, so that they are about half of it
+    # stage 2: passes over the training pairs, and over visits with one scan, if they are used; a pass then repeats the
+    # pairs, so that there are about four of them for each such visit
     refine_epochs: int = setting(45, at_least=1, affects="nothing")
     max_steps: int = setting(0, at_least=0, affects="nothing")  # stop earlier, after so many optimiser steps; 0: do not
     warmup_steps: int = setting(50, at_least=0)  # steps over which the learning rate rises to its peak

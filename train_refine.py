@@ -16,11 +16,13 @@ from data.atlas import region_masks
 from data.augment import load_batch
 from data.intensity import brain_region
 from data.study import Study
+from models.diffusion import Purpose
 from models.losses import load_perceptual_loss, microstructure_loss, structure_loss, tissue_loss
 from models.prior import Prior
 from models.translator import Translator
 from models.unet import DualModalUNet, NetworkConfig
 from opt import names_affecting
+from training.back_translation import error_spectra, texture, with_texture
 from training.checkpoint import STAGE_1, STAGE_2, Checkpoint, content_hash, read_checkpoint, refuse_another_run
 from training.coarse import CoarseVolumes
 from training.distributed import is_main_rank, local_main_first, shard
@@ -33,6 +35,7 @@ from utils.stop import interruptible
 from utils.tensors import UNFIT
 
 save_every = 100  # steps between two sample grids in results/
+PAIRS_PER_SCAN = 4  # in an epoch, of stage 2 with incomplete visits (docs/results.md)
 
 BACKBONE_KEYS = ("stage", "step", "best", "run_id", "options", "fingerprints", "ranges", "affines", "groups",
                  "alignment")
@@ -77,16 +80,19 @@ class Stage2(Stage):
                                      "ema": {"model": backbone["ema"]["model"]}}
         self.may_change = names_affecting("nothing", "stage 1", "sample.py")
         self.resume_from = Path(opt.resume_path) if state["stage"] == STAGE_2 else None
-        if opt.coarse == "expected":  # an epoch: incomplete visits once, pairs so often that they are about half of it
+        if opt.coarse == "expected":  # an epoch: incomplete visits once, pairs so often that they are most of it
             incomplete = study.roles.get("incomplete", [])
-            self.members = self.members * max(1, round(len(incomplete) / len(self.members))) + incomplete
+            times = max(1, round(PAIRS_PER_SCAN * len(incomplete) / len(self.members)))
+            self.members = self.members * times + incomplete
 
     def begin(self) -> None:
         self.coarse.prepare()
+        if "incomplete" in self.study.roles and self.opt.coarse == "expected":
+            self.spectra = error_spectra(self.prior, self.study)
 
     def load(self, target: str, places: list[int], batch: list[int], step: int) -> tuple:
-        """Source, truth, mask of the truth and, if the network is given one, coarse volume, each (B, 1, X, Y, Z); and
-        the indices of missing sources."""
+        """Source, truth, mask of the truth and, if the network is given one, coarse volume, each (B, 1, X, Y, Z); the
+        indices of missing sources, and their texture."""
         members, transform = [batch[place] for place in places], self.transform(step, places)
         volumes, masks = load_batch(self.study, members, transform, self.device)
         coarse = self.coarse.input(target, members)
@@ -95,15 +101,17 @@ class Stage2(Stage):
             coarse = transform.volume(target, coarse) if transform else coarse
         source = self.prior.network.source(target)
         absent = [place for place, i in enumerate(members) if not self.study.has(source, i)]
+        keys = [(self.opt.seed, Purpose.TEXTURE, step, places[place]) for place in absent]
+        noise = texture(self.spectra[source], self.study.sizes[source], *keys) if absent else torch.empty(0)
         return (volumes[source], volumes[target], masks[target], coarse,
-                to_device(torch.tensor(absent, dtype=torch.long), self.device))
+                to_device(torch.tensor(absent, dtype=torch.long), self.device), to_device(noise, self.device))
 
     def loss(self, network: nn.Module, target: str, data: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        source, truth, mask, coarse, absent = data
+        source, truth, mask, coarse, absent, noise = data
         with self.prior.autocast():
             if len(absent):  # back-translation: a synthetic source, by the weights of this step, for a real target
                 made = self.ema_model.translate(self.prior.network.source(target), truth[absent])
-                source = source.index_copy(0, absent, made.to(source.dtype))
+                source = source.index_copy(0, absent, with_texture(made.to(source.dtype), noise))
             refined = network(target, source, coarse)
         truth = torch.where(truth.isnan(), refined.detach(), truth)  # where nothing is known, any answer is right
         loss = tissue_loss(refined, truth, mask, self.opt.pattern_weight)

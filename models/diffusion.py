@@ -18,7 +18,7 @@ from torch import Tensor
 class Purpose(IntEnum):
     """Second number of every noise key: no two uses share their noise."""
 
-    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, DROPOUT, AUGMENT, JOINT, GROUP = range(9)
+    TRAINING, TIMESTEPS, VALIDATION, PICTURES, COARSE, DROPOUT, AUGMENT, JOINT, GROUP, TEXTURE = range(10)
 
 
 GIVEN_FRACTION = 0.75  # of a direction's training draws in which the source is given clean (docs/results.md)

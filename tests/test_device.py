@@ -165,6 +165,7 @@ def test_from_the_forward_pass_to_the_optimiser_nothing_waits_for_a_gpu(incomple
         monkeypatch.setattr(fused_norm, kernel, collections.defaultdict(lambda: lambda *_, **__: None))  # [grid](...)
     monkeypatch.setattr(torch, "_fused_adam_", lambda *_, **__: None)  # PyTorch has no fake of it with a tensor as rate
     stage.ema_model, batch = stage.network, [0, 6, 7]  # the last two lack a modality
+    stage.begin()
     micro_batches = stage.micro_batches(batch)
     loaded = [stage.load(target, places, batch, 0) for target, places, _ in micro_batches]
     with FakeTensorMode():

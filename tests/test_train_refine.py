@@ -9,10 +9,12 @@ import torch
 
 import main
 from data.study import read_study
+from models.diffusion import Purpose
 from opt import PRESETS, opt
-from tests.conftest import arguments, read_csv, refine_arguments, weights
+from tests.conftest import SIZES, arguments, read_csv, refine_arguments, weights
 from tests.test_train import refusal
 from train_refine import Stage2
+from training.back_translation import texture, with_texture
 from training.checkpoint import STAGE_1, read_checkpoint
 from utils.arguments import parse_arguments
 from utils.metrics import METRICS
@@ -66,7 +68,7 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
     with torch.no_grad():  # it differs from the network, as after a few steps
         for weight in stage.ema_model.parameters():
             weight.mul_(1.1)
-    assert stage.members == [*study.roles["train"], 6, 7, 8]
+    assert stage.members == study.roles["train"] * round(4 * 3 / len(study.roles["train"])) + [6, 7, 8]
     places = {target: places for target, places, _ in stage.micro_batches([0, 6, 7])}
     assert places == {"fmri": [0, 2], "dmri": [0, 1]}  # sub-07 has a dmri only, sub-08 an fmri
 
@@ -74,10 +76,13 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
         seen.append(source)
         return stage.network(target, source, coarse)
 
+    stage.begin()
     data = stage.load("dmri", [0, 1], [0, 6, 7], 0)
     loss, _ = stage.loss(network, "dmri", data)
     made = stage.ema_model.translate("fmri", study.volumes([6])["dmri"])
-    assert torch.equal(seen[0], torch.cat([study.volumes([0])["fmri"], made])) and made.std() > 0.001
+    noise = texture(stage.spectra["fmri"], SIZES["fmri"], (settings.seed, Purpose.TEXTURE, 0, 1))
+    assert torch.equal(seen[0], torch.cat([study.volumes([0])["fmri"], with_texture(made, noise)]))
+    assert made.std() > 0.001 and 0.01 < noise.std() < 1
     assert not seen[0].requires_grad and not torch.equal(made, stage.network.translate("fmri", data[1][1:]))
     assert torch.equal(data[1], study.volumes([0, 6])["dmri"]) and loss.isfinite() and loss.requires_grad
 
