@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import replace_file
 
-SIZE, LEFT, TOP, RIGHT, BOTTOM = 420, 80, 40, 200, 70  # pixels: of the axes, and around them
+SIZE, LEFT, TOP, GAP, BOTTOM = 420, 80, 40, 15, 70  # pixels: of the axes, and around them
 TICKS = 6  # about so many on each axis
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "black", "grey")  # Okabe & Ito 2008
 
@@ -28,7 +28,9 @@ def save_chart(path: Path, curves: dict[str, np.ndarray], x_label: str, y_label:
     points = np.concatenate([*curves.values(), *([np.zeros((1, 2))] if diagonal else [])])
     columns = [points.ravel()] * 2 if diagonal else points.T
     axes = [ticks(column.min(), column.max()) for column in columns]
-    canvas, font = Image.new("RGB", (LEFT + SIZE + RIGHT, TOP + SIZE + BOTTOM), "white"), ImageFont.load_default(14)
+    font = ImageFont.load_default(14)
+    width = max(SIZE + 2 * GAP + max(map(font.getlength, curves)), font.getlength(x_label), font.getlength(y_label))
+    canvas = Image.new("RGB", (LEFT + math.ceil(width) + GAP, TOP + SIZE + BOTTOM), "white")
     draw = ImageDraw.Draw(canvas)
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -50,5 +52,5 @@ def save_chart(path: Path, curves: dict[str, np.ndarray], x_label: str, y_label:
         draw.line([at(*point) for point in curve], colour, 2)
         for x, y in (at(*point) for point in curve):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-        draw.text((LEFT + SIZE + 15, TOP + 20 * row), name, colour, font)
+        draw.text((LEFT + SIZE + GAP, TOP + 20 * row), name, colour, font)
     replace_file(path, lambda file: canvas.save(file, format="PNG"))

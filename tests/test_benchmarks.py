@@ -314,7 +314,11 @@ def test_a_chart_has_round_ticks_that_include_all_points(tmp_path):
     assert chart.ticks(23.1, 28.2) == pytest.approx([23, 24, 25, 26, 27, 28, 29])
     assert chart.ticks(0, 0.034) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
     chart.save_chart(tmp_path / "chart.png", {"one": np.array([[6, 27.0]])}, "x", "y")
-    assert (np.asarray(Image.open(tmp_path / "chart.png")) == (0, 114, 178)).all(axis=2).sum() > 20
+    pixels = np.asarray(Image.open(tmp_path / "chart.png"))
+    assert (pixels == (0, 114, 178)).all(axis=2).sum() > 20
+    chart.save_chart(tmp_path / "chart.png", {40 * "a long name ": np.array([[6, 27.0]])}, "x", "y")
+    pixels = np.asarray(Image.open(tmp_path / "chart.png"))
+    assert (pixels[:, -5:] == 255).all() and pixels.shape[1] > 2000  # no name is cut off
 
 
 def test_changed_files_are_survived_and_counted():
