@@ -67,7 +67,7 @@ class Options(Settings):
     # pattern-aware loss. "template": another space that all subjects share. "mni", "template": one box for all
     space: Literal["auto", "mni", "template", "native"] = "auto"
     # visits that lack one modality: "leave_out", or "use" in mean volumes and as targets of stage 2, never in tests:
-    # compare the validation of stage 2, because some studies gain from them, others lose (docs/results.md)
+    # compare the validation of stage 2, because some studies gain from them, others do not (docs/results.md)
     incomplete: Literal["leave_out", "use"] = setting("leave_out", affects="data")
     cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # how many; 1: train, validate and test on all
