@@ -28,7 +28,7 @@ def settings_page() -> str:
             heading = texts[field.name][0]
             lines += ["", f"## {heading}", "", "| setting | default | meaning | affects |", "|---|---|---|---|"]
         value, other = (shown(getattr(preset, field.name)) for preset in (default, published))
-        values = f"`{value}`" + (f" [`{other}`]" if other != value else "")
+        values = (f"`{value}`" if value != "empty" else "(none)") + (f" [`{other}`]" if other != value else "")
         text = texts[field.name][1].replace("|", " or ")
         lines.append(f"| `{field.name}` | {values} | {text} | {field.metadata.get('affects', 'training')} |")
     return HEAD + "\n".join(lines) + "\n"
