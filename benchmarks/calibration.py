@@ -2,9 +2,9 @@
 
     python -m benchmarks.calibration checkpoints/best_refine.pth --uncertainty_samples 16
 
-A spread of any kind lowers the CRPS (continuous ranked probability score; Gneiting & Raftery 2007) against a single
-volume, so samples are compared with two controls that know only the validation subjects' residuals (truth minus
-translation). Each way gives a distribution of every voxel of the test subjects, around the translation:
+Even a spread that knows nothing can lower the CRPS (continuous ranked probability score; Gneiting & Raftery 2007)
+against a single volume, so samples are compared with two controls that know only the validation subjects' residuals
+(truth minus translation). Each way gives a distribution of every voxel of the test subjects, around the translation:
 
     translation            a single value: its CRPS is the absolute error
     residual map           a normal distribution, with the root mean square of the residuals in this voxel
