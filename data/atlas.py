@@ -15,6 +15,7 @@ from data.pairs import Pair
 from data.problems import Problem, VolumeError
 from data.volumes import read_volume
 from utils.errors import UserError
+from utils.stop import interruptible
 
 
 def roi_centres(networks: tuple[str, ...]) -> np.ndarray:
@@ -57,15 +58,19 @@ class LabelImage:
         return hits >= len(offsets) / 2
 
 
-def unreadable_labels(pair: Pair, path: str) -> list[Problem]:
-    """What is wrong with the label image of a pair; an incomplete visit may lack it."""
-    file = pair.file_of(path)
-    try:
-        if pair.is_complete or file.exists():
+def unreadable_labels(opt, pairs: list[Pair]) -> list[Problem]:
+    """What is wrong with the images of opt.pattern_file, each read once; an incomplete visit may lack its own."""
+    problems, read = [], set()
+    for pair in interruptible(pairs if opt.pattern_file else []):
+        file = pair.file_of(opt.pattern_file)
+        if file in read or not (pair.is_complete or file.exists()):
+            continue
+        read.add(file)
+        try:
             LabelImage(file)
-    except VolumeError as error:
-        return [dataclasses.replace(problem, subject=pair.name) for problem in error.problems]
-    return []
+        except VolumeError as error:
+            problems += [dataclasses.replace(problem, subject=pair.name) for problem in error.problems]
+    return problems
 
 
 def region_masks(opt, pair: Pair, size: tuple[int, int, int], affine: np.ndarray) -> dict[str, np.ndarray]:

@@ -50,7 +50,7 @@ def check_study(opt) -> bool:
         problems += error.problems
     for pair in interruptible(tqdm(pairs, desc="reading", unit="pair", disable=None)):
         examined, found = _examine(pair, readings, alignment)
-        problems += found + (unreadable_labels(pair, opt.pattern_file) if opt.pattern_file else [])
+        problems += found
         for modality, file in examined.items():
             files[modality].append(file)
         scans = {modality: vars(file).pop("scan") for modality, file in examined.items()}
@@ -58,7 +58,7 @@ def check_study(opt) -> bool:
             found, warnings = overlay(pair, alignment, scans)
             overlays = sorted([*overlays, found], key=lambda each: each.similarity)[:PAIRS_SHOWN]
             problems += warnings
-    problems += identical_scans((file.pair, modality, *file.contents)
+    problems += unreadable_labels(opt, pairs) + identical_scans((file.pair, modality, *file.contents)
                                 for modality, listed in files.items() for file in listed)
     how = f"brought together {alignment}" if alignment else "which cannot be brought together"
     print(f"{described(pairs)}, {how}")

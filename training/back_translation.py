@@ -40,6 +40,6 @@ def texture(amplitudes: Tensor, size: tuple[int, int, int], *keys: tuple[int, ..
     return torch.fft.irfftn(torch.fft.rfftn(white, dim=(2, 3, 4)) * amplitudes, s=size, dim=(2, 3, 4))
 
 
-def with_texture(made: Tensor, texture: Tensor) -> Tensor:
-    """Synthetic sources (B, 1, X, Y, Z) in [-1, 1] with their texture, but for the background."""
-    return (made + texture * (made > BODY)).clamp(-1, 1)
+def with_texture(made: Tensor, noise: Tensor) -> Tensor:
+    """Synthetic sources (B, 1, X, Y, Z) in [-1, 1] with noise from `texture`, but for the background."""
+    return (made + noise * (made > BODY)).clamp(-1, 1)
