@@ -35,7 +35,6 @@ from utils.stop import interruptible
 from utils.tensors import UNFIT
 
 save_every = 100  # steps between two sample grids in results/
-PAIRS_PER_SCAN = 4  # in an epoch, of stage 2 with incomplete visits (docs/results.md)
 
 BACKBONE_KEYS = ("stage", "step", "best", "run_id", "options", "fingerprints", "ranges", "affines", "groups",
                  "alignment")
@@ -80,14 +79,12 @@ class Stage2(Stage):
                                      "ema": {"model": backbone["ema"]["model"]}}
         self.may_change = names_affecting("nothing", "stage 1", "sample.py")
         self.resume_from = Path(opt.resume_path) if state["stage"] == STAGE_2 else None
-        if opt.coarse == "expected":  # an epoch: incomplete visits once, pairs so often that they are most of it
-            incomplete = study.roles.get("incomplete", [])
-            times = max(1, round(PAIRS_PER_SCAN * len(incomplete) / len(self.members)))
-            self.members = self.members * times + incomplete
+        if opt.coarse == "expected":
+            self.scans = study.roles.get("incomplete", [])
 
     def begin(self) -> None:
         self.coarse.prepare()
-        if "incomplete" in self.study.roles and self.opt.coarse == "expected":
+        if self.scans:
             self.spectra = error_spectra(self.prior, self.study)
 
     def load(self, target: str, places: list[int], batch: list[int], step: int) -> tuple:

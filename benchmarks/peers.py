@@ -125,7 +125,7 @@ class Peer:
         start, step = time.perf_counter(), 0
         self.network.train()
         while (done := (time.perf_counter() - start) / seconds) < 1:
-            batch = training_batch(self.study.roles["train"], settings.batch_size, settings.seed, step)
+            batch = training_batch(self.study.roles["train"], [], settings.batch_size, settings.seed, step)
             kinds = [kind for kind in settings.augment if not (kind == "affine" and done >= 1 - DECAY_FRACTION)]
             generators = [keyed_generator(settings.seed, Purpose.AUGMENT, step, place) for place in range(len(batch))]
             source, truth = self.load(batch, PairTransform(kinds, self.study.modalities, self.study.extent, generators)

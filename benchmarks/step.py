@@ -119,7 +119,8 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
     with process_group(device):
         study = read_study(settings)
         stage = new_stage(number, settings, study, device)
-        stage.members = stage.members * (warmup + steps + 4)  # an epoch that does not end: no checkpoint between steps
+        for kind in ("pairs", "scans"):  # an epoch that does not end: no checkpoint between steps
+            setattr(stage, kind, getattr(stage, kind) * (warmup + steps + 4))
         load, loading = stage.load, 0.0
 
         def timed_load(*arguments: object) -> tuple:

@@ -25,6 +25,7 @@ from utils.files import remove_temporary_files
 from utils.stop import interruptible
 
 CPU = torch.device("cpu")
+PAIRS_PER_SCAN = 4  # in training on visits with one scan (docs/results.md)
 
 
 class Study:
@@ -200,14 +201,26 @@ def _decode(pair: Pair, readings: dict[str, Reading], alignment: Alignment, cach
                           for problem in error.problems)) from error
 
 
-def steps_per_epoch(positions: list[int], batch_size: int) -> int:
-    return math.ceil(len(positions) / batch_size)
+def scans_per_epoch(pairs: list[int], scans: list[int]) -> int:
+    """How many of the visits with one scan an epoch has."""
+    return min(len(scans), math.ceil(len(pairs) / PAIRS_PER_SCAN))
 
 
-def training_batch(positions: list[int], batch_size: int, seed: int, step: int) -> list[int]:
-    """The batch of step 0, 1, ...: each epoch visits all positions once; its last batch may be smaller."""
-    epoch, batch = divmod(step, steps_per_epoch(positions, batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(positions).tolist()  # the same in a resumed run
+def steps_per_epoch(pairs: list[int], scans: list[int], batch_size: int) -> int:
+    return math.ceil((len(pairs) + scans_per_epoch(pairs, scans)) / batch_size)
+
+
+def training_batch(pairs: list[int], scans: list[int], batch_size: int, seed: int, step: int) -> list[int]:
+    """The batch of step 0, 1, ...: each epoch visits all pairs once, in random order; its last batch may be smaller.
+
+    scans: visits with one scan. One of them comes before every PAIRS_PER_SCAN pairs, so that batches without a pair are
+    few; over the epochs, each has its turn as often as the others. The same in a resumed run.
+    """
+    epoch, batch = divmod(step, steps_per_epoch(pairs, scans, batch_size))
+    order, count = np.random.default_rng([seed, epoch]).permutation(pairs), scans_per_epoch(pairs, scans)
+    turns = [divmod(epoch * count + k, len(scans)) for k in range(count)]
+    chosen = [np.random.default_rng([seed, turn, 1]).permutation(scans)[place] for turn, place in turns]
+    order = np.insert(order, PAIRS_PER_SCAN * np.arange(count), chosen).tolist()
     return order[batch * batch_size:(batch + 1) * batch_size]
 
 

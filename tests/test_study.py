@@ -1,6 +1,7 @@
 """The study: volumes, masks, fingerprints and batches."""
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,13 +30,25 @@ def study(study_csv, tmp_path) -> Study:
     return read_study(options(study_csv, tmp_path))
 
 
-def test_an_epoch_visits_all_positions_once_in_a_seeded_order():
+def test_an_epoch_visits_all_pairs_once_in_a_seeded_order():
     positions = list(range(10))
-    assert steps_per_epoch(positions, 4) == 3
-    first, again, second = ([training_batch(positions, 4, 0, step) for step in steps]
+    assert steps_per_epoch(positions, [], 4) == 3
+    first, again, second = ([training_batch(positions, [], 4, 0, step) for step in steps]
                             for steps in (range(3), range(3), range(3, 6)))
     assert sorted(i for batch in first for i in batch) == positions and [len(batch) for batch in first] == [4, 4, 2]
     assert first == again != second and sorted(i for batch in second for i in batch) == positions
+
+
+def test_visits_with_one_scan_take_turns_between_the_pairs_of_an_epoch():
+    pairs, scans, count = list(range(10)), list(range(10, 17)), 7
+    assert steps_per_epoch(pairs, scans, 2) == count and steps_per_epoch(pairs, scans[:2], 2) == 6
+    batches = [training_batch(pairs, scans, 2, 0, step) for step in range(7 * count)]
+    assert all(any(i in pairs for i in batch) for batch in batches)
+    for epoch in range(7):
+        visits = [i for batch in batches[epoch * count:(epoch + 1) * count] for i in batch]
+        assert sorted(i for i in visits if i in pairs) == pairs and len(visits) == 13
+    assert Counter(i for batch in batches for i in batch if i in scans) == dict.fromkeys(scans, 3)
+    assert batches[:count] != batches[count:2 * count]
 
 
 def test_volumes_and_their_means(study):

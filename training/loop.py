@@ -64,7 +64,8 @@ class Stage:
     columns: tuple[str, ...]  # of log.csv
     metrics: tuple[str, ...]  # the columns of the validation
     higher_is_better: bool
-    members: list[int]  # the visits of an epoch
+    pairs: list[int]  # trained on
+    scans: list[int]  # visits with one scan, trained on
 
     network: nn.Module  # trained
     ema_model: nn.Module  # the moving average of its weights; `fit` sets it
@@ -77,7 +78,8 @@ class Stage:
 
     def __init__(self, opt, study: Study, device: torch.device):
         self.opt, self.study, self.device = opt, study, device
-        self.folder, self.members = Path(opt.result_dir) / self.folder_name, study.roles["train"]
+        self.folder = Path(opt.result_dir) / self.folder_name
+        self.pairs, self.scans = study.roles["train"], []
         first = study.roles["train"][0]
         self.metadata = {
             "options": opt.resolved(),
@@ -93,9 +95,13 @@ class Stage:
         return [(target, places, weight * len(places) / len(jobs))
                 for target, places, weight in split_jobs(jobs, self.opt.accumulate)]
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.pairs, self.scans, self.opt.batch_size)
+
     def total_steps(self) -> int:
         """The steps of the whole run."""
-        steps = self.epochs * steps_per_epoch(self.members, self.opt.batch_size)
+        steps = self.epochs * self.steps_per_epoch
         return min(steps, self.opt.max_steps or steps)
 
     def transform(self, step: int, places: list[int]) -> PairTransform | None:
@@ -136,7 +142,7 @@ def may_record(opt, device: torch.device) -> bool:
 def loaded_steps(stage: Stage, steps: Iterable[int]) -> Iterator[tuple[list[int], list[tuple[str, float, tuple]]]]:
     """For each step the visits of its batch, and target, weight and data of this rank's micro-batches."""
     for step in steps:
-        batch = training_batch(stage.members, stage.opt.batch_size, stage.opt.seed, step)
+        batch = training_batch(stage.pairs, stage.scans, stage.opt.batch_size, stage.opt.seed, step)
         yield batch, [(target, weight, stage.load(target, places, batch, step))
                       for target, places, weight in stage.micro_batches(batch)]
 
@@ -160,15 +166,14 @@ def train_step(stage: Stage, network: nn.Module, optimiser: Optimiser,
 
 def fit(stage: Stage) -> bool:
     """Train until the last step or until a stop is requested; returns whether the run is finished."""
-    opt, study, members = stage.opt, stage.study, stage.members
-    per_epoch = steps_per_epoch(members, opt.batch_size)
-    total, on_gpu = stage.total_steps(), stage.device.type == "cuda"
+    opt, study, per_epoch, total = stage.opt, stage.study, stage.steps_per_epoch, stage.total_steps()
+    on_gpu = stage.device.type == "cuda"
     ema = EMA(stage.network, opt.ema_decay)
     stage.ema_model = ema.model
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
-    if only_in_means := {*study.trained_on} - {*members}:
+    if only_in_means := {*study.trained_on} - {*stage.pairs, *stage.scans}:
         print(f"note: visits with one scan ({len(only_in_means)}): here they are in the mean volumes only; stage 2, "
               'with opt.coarse = "expected", is trained on them')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
