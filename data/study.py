@@ -25,7 +25,7 @@ from utils.files import remove_temporary_files
 from utils.stop import interruptible
 
 CPU = torch.device("cpu")
-PAIRS_PER_SCAN = 4  # in training on visits with one scan (docs/results.md)
+PAIRS_PER_SCAN = 2  # in training on visits with one scan (docs/results.md)
 
 
 class Study:

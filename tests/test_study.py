@@ -40,14 +40,14 @@ def test_an_epoch_visits_all_pairs_once_in_a_seeded_order():
 
 
 def test_visits_with_one_scan_take_turns_between_the_pairs_of_an_epoch():
-    pairs, scans, count = list(range(10)), list(range(10, 17)), 7
+    pairs, scans, count = list(range(10)), list(range(10, 17)), 8
     assert steps_per_epoch(pairs, scans, 2) == count and steps_per_epoch(pairs, scans[:2], 2) == 6
     batches = [training_batch(pairs, scans, 2, 0, step) for step in range(7 * count)]
     assert all(any(i in pairs for i in batch) for batch in batches)
     for epoch in range(7):
         visits = [i for batch in batches[epoch * count:(epoch + 1) * count] for i in batch]
-        assert sorted(i for i in visits if i in pairs) == pairs and len(visits) == 13
-    assert Counter(i for batch in batches for i in batch if i in scans) == dict.fromkeys(scans, 3)
+        assert sorted(i for i in visits if i in pairs) == pairs and len(visits) == 15
+    assert Counter(i for batch in batches for i in batch if i in scans) == dict.fromkeys(scans, 5)
     assert batches[:count] != batches[count:2 * count]
 
 
