@@ -66,9 +66,8 @@ class Options(Settings):
     # "auto": MNI for the demo and files named space-MNI..., else native; only MNI space has the networks of the
     # pattern-aware loss. "template": another space that all subjects share. "mni", "template": one box for all
     space: Literal["auto", "mni", "template", "native"] = "auto"
-    # visits that lack one modality: "leave_out", or "use" in mean volumes and as targets of stage 2, never in tests:
-    # compare the validation of stage 2, because some studies gain from them, others do not (docs/results.md)
-    incomplete: Literal["leave_out", "use"] = setting("leave_out", affects="data")
+    # visits that lack one modality: "use" (in mean volumes, and as targets of stage 2; never in tests) or "leave_out"
+    incomplete: Literal["use", "leave_out"] = setting("use", affects="data")
     cache_dir: str = path("./data/cache")  # decoded and coarse volumes; delete only between runs
     folds: int = setting(5, at_least=1, affects="data")  # how many; 1: train, validate and test on all
     fold: int = setting(0, at_least=0, affects="data")  # the fold held out for testing, 0 .. folds - 1
@@ -138,8 +137,7 @@ class Options(Settings):
     # store only the inputs of the residual blocks and recompute the rest: less memory, more time, the same gradient
     gradient_checkpointing: bool = setting(False, affects="nothing")
     epochs: int = setting(50, at_least=1, affects="nothing")  # stage 1: passes over the training pairs
-    # stage 2: passes over the training pairs, and over visits with one scan, if they are used; a pass then repeats the
-    # pairs, so that there are about four of them for each such visit
+    # stage 2: passes over the training pairs
     refine_epochs: int = setting(45, at_least=1, affects="nothing")
     max_steps: int = setting(0, at_least=0, affects="nothing")  # stop earlier, after so many optimiser steps; 0: do not
     warmup_steps: int = setting(50, at_least=0)  # steps over which the learning rate rises to its peak
@@ -289,7 +287,7 @@ def paper() -> Options:
         prediction="epsilon", loss="l1", sampler="ddim", sampling_steps=20, optimiser="adam", learning_rate=1e-6,
         refine_optimiser="adam", refine_learning_rate=1e-5, batch_size=1, epochs=300, refine_epochs=300,
         warmup_steps=500, ema_decay=0.9999, coarse="joint", structure_weight=0.0,
-        validate_every=1)
+        validate_every=1, incomplete="leave_out")
 
 
 PER_MODALITY = [field.name for field in dataclasses.fields(Options) if field.metadata.get("per_modality")]

@@ -80,11 +80,11 @@ class Stage2(Stage):
         self.may_change = names_affecting("nothing", "stage 1", "sample.py")
         self.resume_from = Path(opt.resume_path) if state["stage"] == STAGE_2 else None
         if opt.coarse == "expected":
-            self.scans = study.roles.get("incomplete", [])
+            self.incomplete = study.roles.get("incomplete", [])
 
     def begin(self) -> None:
         self.coarse.prepare()
-        if self.scans:
+        if self.incomplete:
             self.spectra = error_spectra(self.prior, self.study)
 
     def load(self, target: str, places: list[int], batch: list[int], step: int) -> tuple:

@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--add", action="append", default=[], metavar="NAME=OPTIONS", help="an arm of your own")
     parser.add_argument("--out", type=Path, default=Path("results/equal_time"))
     own, base = parser.parse_known_args()
+    base = ["--incomplete=leave_out", *base]  # the arms learn from the same pairs
     known = ARMS | dict(each.split("=", 1) for each in own.add)
     if not set(own.arms or ()) <= set(known):
         parser.error(f"--arms: choose from {', '.join(known)}")

@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--search_minutes", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=Path("results/peers"))
     own, options = parser.parse_known_args()
+    options = ["--incomplete=leave_out", *options]  # all methods learn from the same pairs
     own.out, rows, text = own.out.resolve(), [], ""
 
     def kept(name: str, words: list[str], make: Callable[[list[str]], dict]) -> dict:

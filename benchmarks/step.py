@@ -96,7 +96,8 @@ def train_steps(stage: Stage, warmup: int, steps: int, measure: Callable[[], obj
             if number == warmup + steps:
                 raise Interrupted
 
-    with mock.patch.object(EMA, "update", marked_update), contextlib.suppress(Interrupted):
+    with mock.patch.object(EMA, "update", marked_update), contextlib.suppress(Interrupted), \
+            mock.patch.object(Stage, "steps_per_epoch", 10**6):  # no checkpoint between steps
         fit(stage)
     return marks
 
@@ -119,8 +120,6 @@ def measure(number: int, warmup: int, steps: int, settings, more: Callable[[Stag
     with process_group(device):
         study = read_study(settings)
         stage = new_stage(number, settings, study, device)
-        for kind in ("pairs", "scans"):  # an epoch that does not end: no checkpoint between steps
-            setattr(stage, kind, getattr(stage, kind) * (warmup + steps + 4))
         load, loading = stage.load, 0.0
 
         def timed_load(*arguments: object) -> tuple:
@@ -167,7 +166,7 @@ def run_case(options: list[str], stage: int, warmup: int = 2, steps: int = 8, ra
         folders = [f"--{name}_dir={folder}/{name}" for name in ("checkpoint", "result")]
         more = [word for word in NOTHING_BUT_STEPS if not (own_data and word in OF_A_RANDOM_STUDY)]
         if not own_data:
-            table = write_random_study(Path(folder), settings.image_sizes(), settings.batch_size + 1)
+            table = write_random_study(Path(folder), settings.image_sizes(), settings.batch_size)
             folders += [f"--cache_dir={folder}/cache", f"--data_root={table}"]
         case = ["--case", *map(str, (stage, warmup, steps)), *options, *more]
         done = subprocess.run([sys.executable, *launcher, "-m", module, *case, *folders],

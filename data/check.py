@@ -15,7 +15,7 @@ from data.cache import Reading, content, doubts, identical_scans, to_grid
 from data.grids import spacing_of
 from data.overlay import PAIRS_SHOWN, overlay, save_overlays
 from data.pairs import Pair, described
-from data.problems import SMALLEST_AXIS, DataError, Problem, VolumeError
+from data.problems import SMALLEST_AXIS, DataError, Problem, VolumeError, or_leave_out
 from data.split import groups_to_learn
 from data.study import find_study, split_study
 from data.volumes import read_volume
@@ -50,7 +50,7 @@ def check_study(opt) -> bool:
         problems += error.problems
     for pair in interruptible(tqdm(pairs, desc="reading", unit="pair", disable=None)):
         examined, found = _examine(pair, readings, alignment)
-        problems += found
+        problems += found if pair.is_complete else map(or_leave_out, found)
         for modality, file in examined.items():
             files[modality].append(file)
         scans = {modality: vars(file).pop("scan") for modality, file in examined.items()}
@@ -133,9 +133,10 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
               *([f"and {len(kinds) - KINDS_SHOWN} more"] if len(kinds) > KINDS_SHOWN else []))
     low, high = [file.low for file in files], [file.high for file in files]
     print(f"  intensity that becomes -1: {min(low):.4g} .. {max(low):.4g}; 1: {min(high):.4g} .. {max(high):.4g}")
-    usual, problems = Counter(file.size for file in files).most_common(1)[0][0], []
+    complete = [file for file in files if file.pair.is_complete] or files  # say what is usual
+    usual, problems = Counter(file.size for file in complete).most_common(1)[0][0], []
     if alignment.how == "world":  # voxels of the box as large as the files' are
-        usual = np.rint(alignment.box / np.median([file.spacing for file in files], axis=0)).astype(int).tolist()
+        usual = np.rint(alignment.box / np.median([file.spacing for file in complete], axis=0)).astype(int).tolist()
     elif reading.resize == "none":
         problems = [Problem(str(file.path), f"has size {_x(file.size)}, most have {_x(usual)}", 'set opt.resize = '
                             '"resample" or "pad_crop", or exclude the subject (opt.exclude)', file.pair.name)

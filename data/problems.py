@@ -1,6 +1,6 @@
 """Problems of a study: one form for everything that can be wrong, from the table of pairs to the voxels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from utils.errors import UserError
 
@@ -20,6 +20,11 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}; {self.remedy}"
+
+
+def or_leave_out(problem: Problem) -> Problem:
+    """The problem of an incomplete visit, which can be done without."""
+    return replace(problem, remedy=f'{problem.remedy}; or opt.incomplete = "leave_out"') if problem.fatal else problem
 
 
 class DataError(UserError):

@@ -1,6 +1,5 @@
 """A study ready for training: its pairs, decoded once, normalised to [-1, 1] and split by subject."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -17,7 +16,7 @@ from data.cache import Reading, cached_volume, doubts, identical_scans, load_vol
 from data.demo import COMPLETE, DEMO_ROOT, write_demo
 from data.grids import spacing_of
 from data.pairs import Pair, find_pairs
-from data.problems import DataError, Problem, print_notes, raise_if_fatal
+from data.problems import DataError, Problem, or_leave_out, print_notes, raise_if_fatal
 from data.split import add_incomplete, split_subjects
 from utils.device import to_device
 from utils.errors import UserError
@@ -25,7 +24,7 @@ from utils.files import remove_temporary_files
 from utils.stop import interruptible
 
 CPU = torch.device("cpu")
-PAIRS_PER_SCAN = 2  # in training on visits with one scan (docs/results.md)
+PAIRS_PER_INCOMPLETE = 2  # visits, in stage 2 (docs/results.md)
 
 
 class Study:
@@ -197,31 +196,30 @@ def _decode(pair: Pair, readings: dict[str, Reading], alignment: Alignment, cach
     except DataError as error:
         if pair.is_complete:
             raise
-        raise DataError(*(dataclasses.replace(problem, remedy=f'{problem.remedy}; or opt.incomplete = "leave_out"')
-                          for problem in error.problems)) from error
+        raise DataError(*map(or_leave_out, error.problems)) from error
 
 
-def scans_per_epoch(pairs: list[int], scans: list[int]) -> int:
-    """How many of the visits with one scan an epoch has."""
-    return min(len(scans), math.ceil(len(pairs) / PAIRS_PER_SCAN))
+def steps_per_epoch(complete: list[int], batch_size: int) -> int:
+    return math.ceil(len(complete) / batch_size)
 
 
-def steps_per_epoch(pairs: list[int], scans: list[int], batch_size: int) -> int:
-    return math.ceil((len(pairs) + scans_per_epoch(pairs, scans)) / batch_size)
+def training_batch(complete: list[int], incomplete: list[int], batch_size: int, seed: int, step: int) -> list[int]:
+    """The visits of step 0, 1, ..., the same in a resumed run.
 
-
-def training_batch(pairs: list[int], scans: list[int], batch_size: int, seed: int, step: int) -> list[int]:
-    """The batch of step 0, 1, ...: each epoch visits all pairs once, in random order; its last batch may be smaller.
-
-    scans: visits with one scan. One of them comes before every PAIRS_PER_SCAN pairs, so that batches without a pair are
-    few; over the epochs, each has its turn as often as the others. The same in a resumed run.
+    An epoch has every complete visit once, batch_size of them in a step, the last of which may have fewer. Incomplete
+    ones come on top, up to one for every PAIRS_PER_INCOMPLETE of these; they take turns over the epochs.
     """
-    epoch, batch = divmod(step, steps_per_epoch(pairs, scans, batch_size))
-    order, count = np.random.default_rng([seed, epoch]).permutation(pairs), scans_per_epoch(pairs, scans)
-    turns = [divmod(epoch * count + k, len(scans)) for k in range(count)]
-    chosen = [np.random.default_rng([seed, turn, 1]).permutation(scans)[place] for turn, place in turns]
-    order = np.insert(order, PAIRS_PER_SCAN * np.arange(count), chosen).tolist()
-    return order[batch * batch_size:(batch + 1) * batch_size]
+    steps = steps_per_epoch(complete, batch_size)
+    epoch, part = divmod(step, steps)
+    order = np.random.default_rng([seed, epoch]).permutation(complete)
+    chosen = order[part * batch_size:(part + 1) * batch_size].tolist()
+    if incomplete:
+        count = min(len(incomplete), math.ceil(len(complete) / PAIRS_PER_INCOMPLETE))
+        turn, place = divmod(epoch * count, len(incomplete))
+        turns = np.concatenate([np.random.default_rng([seed, each, 1]).permutation(incomplete)
+                                for each in (turn, turn + 1)])
+        chosen += turns[place + part * count // steps:place + (part + 1) * count // steps].tolist()
+    return chosen
 
 
 def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:

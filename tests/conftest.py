@@ -27,7 +27,7 @@ SPACING = {"fmri": 14.0, "dmri": 11.0}
 TINY = ["--image_size", "fmri=12x13x11", "dmri=16x17x14", "--base_channels", "8", "--unet_depth", "2", "--epochs", "3",
         "--refine_epochs", "3", "--batch_size", "2", "--sampling_steps", "3", "--warmup_steps", "2",
         "--num_samples", "1", "--validate_every", "1", "--folds", "3", "--precision", "fp32",
-        "--device", "cpu", "--no-tensorboard", "--max_overhead", "1", "--incomplete", "use"]
+        "--device", "cpu", "--no-tensorboard", "--max_overhead", "1"]
 BOTH = ("fmri", "dmri")
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 3.0, 0, -20], [0, 0, 4.0, -30], [0, 0, 0, 1]])
 LGG = ROOT.parent / "shared/data/lgg/pairs.csv"

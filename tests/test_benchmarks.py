@@ -206,7 +206,7 @@ def test_a_step_of_the_default_network_has_few_operations(stage, most, tmp_path,
     """A GPU is bound by their number in a network this small."""
     own = [f"--{each}_dir={tmp_path / each}" for each in ("cache", "checkpoint", "result")]
     settings = settings_of(["--device=cpu", "--precision=fp32", *step.NOTHING_BUT_STEPS, *own])
-    settings.data_root = str(step.write_random_study(tmp_path, settings.image_sizes(), 5))
+    settings.data_root = str(step.write_random_study(tmp_path, settings.image_sizes(), settings.batch_size))
     step.measure(stage, 1, 1, settings)
     assert 0.5 * most < json.loads(capsys.readouterr().out.splitlines()[-1])["operations"] <= most
 

@@ -22,7 +22,7 @@ SUGGESTION = "suggested: --image_size fmri=12x13x11 dmri=16x17x14"
 
 def words(root: Path, folder: Path, *more: str) -> list[str]:
     return ["--check", "--data_root", str(root), "--result_dir", str(folder / "results"), "--cache_dir",
-            str(folder / "cache"), "--incomplete", "use", *more]
+            str(folder / "cache"), *more]
 
 
 def rows(folder: Path) -> list[dict]:
@@ -126,6 +126,22 @@ def test_a_visit_with_one_scan_is_read_only_where_training_reads_it(tmp_path):
     table.write_text(f"{header}\n{subject},{fmri},\n")
     assert main.main(words(table, tmp_path, *SIZES)) == 2
     assert [row["what"] for row in rows(tmp_path) if row["fatal"] == "True"] == ["no subject has both fmri and dmri"]
+
+
+def test_incomplete_visits_do_not_decide_what_is_usual_and_can_be_done_without(tmp_path, capsys):
+    asked = two_modalities(tmp_path, (16, 16, 16), (16, 16, 16))
+    table = (tmp_path / "pairs.csv").read_text().splitlines()
+    for number in range(4):
+        save(tmp_path / f"single{number}.nii", np.random.default_rng(number).random((24, 24, 24)), np.eye(4))
+        table.append(f"single{number},single{number}.nii,")
+    (tmp_path / "single3.nii").write_bytes(b"no image")
+    (tmp_path / "pairs.csv").write_text("\n".join(table))
+    assert main.main([*asked, "--image_size", "16x16x16"]) == 2
+    assert "suggested: --image_size a=16x16x16 b=16x16x16 --resize resample" in capsys.readouterr().out
+    refused = {row["subject"]: row["remedy"] for row in rows(tmp_path) if row["fatal"] == "True"}
+    assert [*sorted(refused)] == [f"sub-single{number}" for number in range(4)]
+    assert refused["sub-single3"].endswith('; or opt.incomplete = "leave_out"')
+    assert main.main([*asked, "--image_size", "16x16x16", "--incomplete", "leave_out"]) == 0
 
 
 def test_problems_that_only_show_on_the_grid_are_reported(tmp_path):

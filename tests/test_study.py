@@ -1,7 +1,8 @@
 """The study: volumes, masks, fingerprints and batches."""
 
+import math
 import shutil
-from collections import Counter
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from utils.errors import UserError
 
 def options(table: Path, folder: Path, **settings) -> Options:
     return Options(data_root=str(table), cache_dir=str(folder / "cache"), image_size=SIZES,
-                   **{"folds": 3, "incomplete": "use", **settings})
+                   **{"folds": 3, **settings})
 
 
 @pytest.fixture
@@ -32,23 +33,31 @@ def study(study_csv, tmp_path) -> Study:
 
 def test_an_epoch_visits_all_pairs_once_in_a_seeded_order():
     positions = list(range(10))
-    assert steps_per_epoch(positions, [], 4) == 3
+    assert steps_per_epoch(positions, 4) == 3
     first, again, second = ([training_batch(positions, [], 4, 0, step) for step in steps]
                             for steps in (range(3), range(3), range(3, 6)))
     assert sorted(i for batch in first for i in batch) == positions and [len(batch) for batch in first] == [4, 4, 2]
     assert first == again != second and sorted(i for batch in second for i in batch) == positions
 
 
-def test_visits_with_one_scan_take_turns_between_the_pairs_of_an_epoch():
-    pairs, scans, count = list(range(10)), list(range(10, 17)), 8
-    assert steps_per_epoch(pairs, scans, 2) == count and steps_per_epoch(pairs, scans[:2], 2) == 6
-    batches = [training_batch(pairs, scans, 2, 0, step) for step in range(7 * count)]
-    assert all(any(i in pairs for i in batch) for batch in batches)
-    for epoch in range(7):
-        visits = [i for batch in batches[epoch * count:(epoch + 1) * count] for i in batch]
-        assert sorted(i for i in visits if i in pairs) == pairs and len(visits) == 15
-    assert Counter(i for batch in batches for i in batch if i in scans) == dict.fromkeys(scans, 5)
-    assert batches[:count] != batches[count:2 * count]
+@pytest.mark.parametrize("pairs, others, per_epoch", [(10, 7, 5), (10, 2, 2), (9, 40, 5), (1, 5, 1), (2, 1, 1)])
+def test_incomplete_visits_come_on_top_of_a_batch_and_take_turns(pairs, others, per_epoch):
+    complete, incomplete, count = list(range(pairs)), list(range(pairs, pairs + others)), math.ceil(pairs / 3)
+    batches = [training_batch(complete, incomplete, 3, 0, step) for step in range(2 * others * count)]
+    alone = [[i for i in batch if i in complete] for batch in batches]
+    assert alone == [training_batch(complete, [], 3, 0, step) for step in range(2 * others * count)]
+    added = [[i for i in batch if i in incomplete] for batch in batches]
+    for epoch in range(2 * others):
+        numbers = [len(more) for more in added[epoch * count:(epoch + 1) * count]]
+        assert sum(numbers) == per_epoch and max(numbers) - min(numbers) <= 1
+    turns = np.concatenate(added).reshape(-1, others)
+    assert (np.sort(turns) == incomplete).all() and (others == 1 or not (turns == turns[0]).all())
+
+
+def test_the_batches_of_a_large_study_take_no_time():
+    complete, incomplete, start = list(range(10_000)), list(range(10_000, 30_000)), time.perf_counter()
+    assert len(training_batch(complete, incomplete, 4, 0, 10_000)) == 6
+    assert time.perf_counter() - start < 1  # 0.01 s; ten thousand permutations take ten
 
 
 def test_volumes_and_their_means(study):

@@ -112,7 +112,8 @@ def test_incomplete_visits_are_in_the_mean_volumes_of_stage_1_only(incomplete_cs
     settings = parse_arguments(opt, PRESETS, arguments(incomplete_csv, tmp_path), "test")
     study = read_study(settings)
     stage = Stage1(settings, study, torch.device("cpu"))
-    assert stage.pairs == study.roles["train"] and not stage.scans and len(study.trained_on) == len(stage.pairs) + 3
+    assert stage.complete == study.roles["train"] and not stage.incomplete
+    assert len(study.trained_on) == len(stage.complete) + 3
     assert torch.equal(stage.network.net("fmri").mean, study.mean_volumes()["fmri"])
     assert main.main(arguments(incomplete_csv, tmp_path, "--max_steps", "1")) == 0
     said = capsys.readouterr().out

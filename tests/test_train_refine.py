@@ -68,7 +68,7 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
     with torch.no_grad():  # it differs from the network, as after a few steps
         for weight in stage.ema_model.parameters():
             weight.mul_(1.1)
-    assert stage.pairs == study.roles["train"] and stage.scans == [6, 7, 8]
+    assert stage.complete == study.roles["train"] and stage.incomplete == [6, 7, 8]
     places = {target: places for target, places, _ in stage.micro_batches([0, 6, 7])}
     assert places == {"fmri": [0, 2], "dmri": [0, 1]}  # sub-07 has a dmri only, sub-08 an fmri
 

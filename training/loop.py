@@ -64,8 +64,8 @@ class Stage:
     columns: tuple[str, ...]  # of log.csv
     metrics: tuple[str, ...]  # the columns of the validation
     higher_is_better: bool
-    pairs: list[int]  # trained on
-    scans: list[int]  # visits with one scan, trained on
+    complete: list[int]  # visits that it is trained on, as positions in study.pairs
+    incomplete: list[int]  # visits with one scan that it is trained on, too
 
     network: nn.Module  # trained
     ema_model: nn.Module  # the moving average of its weights; `fit` sets it
@@ -79,7 +79,7 @@ class Stage:
     def __init__(self, opt, study: Study, device: torch.device):
         self.opt, self.study, self.device = opt, study, device
         self.folder = Path(opt.result_dir) / self.folder_name
-        self.pairs, self.scans = study.roles["train"], []
+        self.complete, self.incomplete = study.roles["train"], []
         first = study.roles["train"][0]
         self.metadata = {
             "options": opt.resolved(),
@@ -97,7 +97,7 @@ class Stage:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(self.pairs, self.scans, self.opt.batch_size)
+        return steps_per_epoch(self.complete, self.opt.batch_size)
 
     def total_steps(self) -> int:
         """The steps of the whole run."""
@@ -142,7 +142,7 @@ def may_record(opt, device: torch.device) -> bool:
 def loaded_steps(stage: Stage, steps: Iterable[int]) -> Iterator[tuple[list[int], list[tuple[str, float, tuple]]]]:
     """For each step the visits of its batch, and target, weight and data of this rank's micro-batches."""
     for step in steps:
-        batch = training_batch(stage.pairs, stage.scans, stage.opt.batch_size, stage.opt.seed, step)
+        batch = training_batch(stage.complete, stage.incomplete, stage.opt.batch_size, stage.opt.seed, step)
         yield batch, [(target, weight, stage.load(target, places, batch, step))
                       for target, places, weight in stage.micro_batches(batch)]
 
@@ -173,7 +173,7 @@ def fit(stage: Stage) -> bool:
     optimiser = Optimiser(stage.network, stage.learning_rate, opt.warmup_steps, total, opt.gradient_clip,
                           stage.optimiser, stage.dtype == torch.float16)
     print(f"network     {sum(p.numel() for p in stage.network.parameters()) / 1e6:.1f} million parameters", flush=True)
-    if only_in_means := {*study.trained_on} - {*stage.pairs, *stage.scans}:
+    if only_in_means := {*study.trained_on} - {*stage.complete, *stage.incomplete}:
         print(f"note: visits with one scan ({len(only_in_means)}): here they are in the mean volumes only; stage 2, "
               'with opt.coarse = "expected", is trained on them')
     run = Checkpoint(stage.name, Path(opt.checkpoint_dir),
