@@ -137,8 +137,7 @@ class Options(Settings):
     # store only the inputs of the residual blocks and recompute the rest: less memory, more time, the same gradient
     gradient_checkpointing: bool = setting(False, affects="nothing")
     epochs: int = setting(50, at_least=1, affects="nothing")  # stage 1: passes over the training pairs
-    # stage 2: passes over the training pairs
-    refine_epochs: int = setting(45, at_least=1, affects="nothing")
+    refine_epochs: int = setting(45, at_least=1, affects="nothing")  # stage 2: passes over the training pairs
     max_steps: int = setting(0, at_least=0, affects="nothing")  # stop earlier, after so many optimiser steps; 0: do not
     warmup_steps: int = setting(50, at_least=0)  # steps over which the learning rate rises to its peak
     ema_decay: float = setting(0.995, at_least=0, below=1)  # average of the weights: validated, sampled, saved as best
