@@ -41,11 +41,12 @@ from benchmarks import equal_time
 from benchmarks.comparison import table
 from benchmarks.step import RSS_PER_GIB
 from data.augment import PairTransform, load_batch
-from data.study import Study, read_study, training_batch
+from data.study import Study, read_study
 from models.diffusion import Purpose, keyed_generator
 from models.layers import resize_to
 from models.translator import known
 from opt import PRESETS, opt
+from training.batches import training_batch
 from training.checkpoint import STAGE_2, read_checkpoint
 from training.launch import choose_device
 from training.optimise import DECAY_FRACTION

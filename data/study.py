@@ -24,7 +24,6 @@ from utils.files import remove_temporary_files
 from utils.stop import interruptible
 
 CPU = torch.device("cpu")
-PAIRS_PER_INCOMPLETE = 2  # visits, in stage 2 (docs/results.md)
 
 
 class Study:
@@ -197,29 +196,6 @@ def _decode(pair: Pair, readings: dict[str, Reading], alignment: Alignment, cach
         if pair.is_complete:
             raise
         raise DataError(*map(or_leave_out, error.problems)) from error
-
-
-def steps_per_epoch(complete: list[int], batch_size: int) -> int:
-    return math.ceil(len(complete) / batch_size)
-
-
-def training_batch(complete: list[int], incomplete: list[int], batch_size: int, seed: int, step: int) -> list[int]:
-    """The visits of step 0, 1, ..., the same in a resumed run.
-
-    An epoch has every complete visit once, batch_size of them in a step, the last of which may have fewer. Incomplete
-    ones come on top, up to one for every PAIRS_PER_INCOMPLETE of these; they take turns over the epochs.
-    """
-    steps = steps_per_epoch(complete, batch_size)
-    epoch, part = divmod(step, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(complete)
-    chosen = order[part * batch_size:(part + 1) * batch_size].tolist()
-    if incomplete:
-        count = min(len(incomplete), math.ceil(len(complete) / PAIRS_PER_INCOMPLETE))
-        turn, place = divmod(epoch * count, len(incomplete))
-        turns = np.concatenate([np.random.default_rng([seed, each, 1]).permutation(incomplete)
-                                for each in (turn, turn + 1)])
-        chosen += turns[place + part * count // steps:place + (part + 1) * count // steps].tolist()
-    return chosen
 
 
 def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:

@@ -20,8 +20,8 @@ import main
 from benchmarks.kills import SAME, Run
 from models.losses import pattern_aware_loss
 from tests.conftest import CHILD, PROGRAM, ROOT, Child, arguments, read_csv, signal_at, signalled, weights
+from training.batches import training_batch
 from training.checkpoint import FILES, read_checkpoint
-from training.loop import training_batch
 
 STAGES = {1: "stage 1", 2: "stage 2"}
 LAST, BEST = ({stage: FILES[name][number] for stage, name in STAGES.items()} for number in (0, 1))

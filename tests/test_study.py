@@ -1,8 +1,6 @@
-"""The study: volumes, masks, fingerprints and batches."""
+"""The study: volumes, masks and fingerprints."""
 
-import math
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from nibabel.affines import from_matvec
 from data.check import check_study
 from data.problems import DataError
 from data.split import ROLES
-from data.study import Study, find_study, read_study, steps_per_epoch, training_batch
+from data.study import Study, find_study, read_study
 from opt import Options
 from tests.conftest import SIZES, save, write_pairs
 from utils.errors import UserError
@@ -29,35 +27,6 @@ def options(table: Path, folder: Path, **settings) -> Options:
 @pytest.fixture
 def study(study_csv, tmp_path) -> Study:
     return read_study(options(study_csv, tmp_path))
-
-
-def test_an_epoch_visits_all_pairs_once_in_a_seeded_order():
-    positions = list(range(10))
-    assert steps_per_epoch(positions, 4) == 3
-    first, again, second = ([training_batch(positions, [], 4, 0, step) for step in steps]
-                            for steps in (range(3), range(3), range(3, 6)))
-    assert sorted(i for batch in first for i in batch) == positions and [len(batch) for batch in first] == [4, 4, 2]
-    assert first == again != second and sorted(i for batch in second for i in batch) == positions
-
-
-@pytest.mark.parametrize("pairs, others, per_epoch", [(10, 7, 5), (10, 2, 2), (9, 40, 5), (1, 5, 1), (2, 1, 1)])
-def test_incomplete_visits_come_on_top_of_a_batch_and_take_turns(pairs, others, per_epoch):
-    complete, incomplete, count = list(range(pairs)), list(range(pairs, pairs + others)), math.ceil(pairs / 3)
-    batches = [training_batch(complete, incomplete, 3, 0, step) for step in range(2 * others * count)]
-    alone = [[i for i in batch if i in complete] for batch in batches]
-    assert alone == [training_batch(complete, [], 3, 0, step) for step in range(2 * others * count)]
-    added = [[i for i in batch if i in incomplete] for batch in batches]
-    for epoch in range(2 * others):
-        numbers = [len(more) for more in added[epoch * count:(epoch + 1) * count]]
-        assert sum(numbers) == per_epoch and max(numbers) - min(numbers) <= 1
-    turns = np.concatenate(added).reshape(-1, others)
-    assert (np.sort(turns) == incomplete).all() and (others == 1 or not (turns == turns[0]).all())
-
-
-def test_the_batches_of_a_large_study_take_no_time():
-    complete, incomplete, start = list(range(10_000)), list(range(10_000, 30_000)), time.perf_counter()
-    assert len(training_batch(complete, incomplete, 4, 0, 10_000)) == 6
-    assert time.perf_counter() - start < 1  # 0.01 s; ten thousand permutations take ten
 
 
 def test_volumes_and_their_means(study):

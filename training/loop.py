@@ -19,9 +19,10 @@ from data.grids import spacing_of
 from data.intensity import to_units
 from data.problems import DataError
 from data.split import write_split
-from data.study import Study, steps_per_epoch, training_batch
+from data.study import Study
 from data.volumes import write_volume
 from models.diffusion import Purpose, keyed_generator
+from training.batches import steps_per_epoch, training_batch
 from training.checkpoint import Checkpoint
 from training.distributed import (
     all_reduce_sum,
@@ -97,7 +98,7 @@ class Stage:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(self.complete, self.opt.batch_size)
+        return steps_per_epoch(self.complete, self.incomplete, self.opt.batch_size)
 
     def total_steps(self) -> int:
         """The steps of the whole run."""
