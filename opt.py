@@ -131,7 +131,7 @@ class Options(Settings):
     # stage 1: after warm-up and until the last quarter, in which it decays. With "muon", hidden layers have 20 times it
     learning_rate: float = setting(5e-4, above=0, at_most=1, affects="stage 1")
     refine_learning_rate: float = setting(1e-3, above=0, at_most=1, affects="stage 2")  # stage 2: as above
-    batch_size: int = setting(4, at_least=1)  # pairs per optimiser step, over all ranks together
+    batch_size: int = setting(4, at_least=1)  # pairs, or visits with one scan, per optimiser step of all ranks together
     # micro-batches that each batch is split into: less memory, the same gradient (except that dropout draws anew)
     accumulate: int = setting(1, at_least=1, affects="nothing")
     # store only the inputs of the residual blocks and recompute the rest: less memory, more time, the same gradient

@@ -5,9 +5,9 @@
 
 Trains every arm, length and seed with `python main.py` in folders of their own. Minutes become steps by each arm's own
 time per step (benchmarks/step.py; all arms in turn, the best of three rounds), and are divided between the stages as
-opt.epochs to opt.refine_epochs; the samples that the published form refines count. Validation and pictures do not, in
-any arm. Scores the best model on the test subjects, and for the demo on 120 new ones rendered like the demo's. Run the
-same command to resume. Writes scores.csv, table.md and curves.png.
+opt.epochs to opt.refine_epochs of equally many steps; the samples that the published form refines count. Validation and
+pictures do not, in any arm. Scores the best model on the test subjects, and for the demo on 120 new ones rendered like
+the demo's. Run the same command to resume. Writes scores.csv, table.md and curves.png.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from utils.files import write_table, write_text
 from utils.metrics import METRICS, score
 
 REFERENCE = "regression only"
-STEPS, ROUNDS = 16, 3  # timed: steps with incomplete visits take longer; the load of a machine changes
+STEPS, ROUNDS = 16, 3  # timed, and how often; steps with incomplete visits take longer
 ARMS = {  # name -> options of both stages; a regression has a stage 1 of one step, because stage 2 asks for a model
     REFERENCE: "--coarse none", "two stages": "",
     "published form": "--coarse joint --timestep_coupling shared --prediction epsilon --loss l1 --fusion late "
@@ -104,11 +104,12 @@ def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new:
     path = own.out / "plan.json"
     options = {arm: base + shlex.split(words) for arm, words in arms.items()}
     costs = json.loads(path.read_text()) if path.exists() else {}
-    new_arms = {arm: words for arm, words in options.items() if arm not in costs}
-    rounds = [{arm: plan(words) for arm, words in new_arms.items()} for _ in range(ROUNDS)]
-    costs |= {arm: min((costs_of[arm] for costs_of in rounds), key=lambda cost: cost["second"]) for arm in new_arms}
-    if other := [arm for arm, words in options.items() if costs[arm]["options"] != words]:
+    if other := [arm for arm, words in options.items() if arm in costs and costs[arm]["options"] != words]:
         raise SystemExit(f"{path}: {', '.join(other)} was planned with other options; choose another --out")
+    new_arms = [arm for arm in options if arm not in costs]
+    for _, arm in itertools.product(range(ROUNDS), new_arms):  # in turn: the load of a machine changes
+        found = plan(options[arm])
+        costs[arm] = min(costs.get(arm, found), found, key=lambda cost: cost["second"] / (1 - cost["share"]))
     write_text(path, json.dumps(costs, indent=1))
     for seed, minutes, (arm, words) in itertools.product(range(own.seeds), own.minutes, options.items()):
         words = [*words, f"--seed={seed}"]

@@ -83,6 +83,8 @@ def test_a_missing_source_is_synthesised_from_the_target_which_stays_real(incomp
     noise = texture(stage.spectra["fmri"], SIZES["fmri"], (settings.seed, Purpose.TEXTURE, 0, 1))
     assert torch.equal(seen[0], torch.cat([study.volumes([0])["fmri"], with_texture(made, noise)]))
     assert made.std() > 0.001 and 0.01 < noise.std() < 1
+    stage.complete, settings.batch_size = [*range(8)], 4
+    assert stage.steps_per_epoch == 3  # eight pairs would be two steps
     assert not seen[0].requires_grad and not torch.equal(made, stage.network.translate("fmri", data[1][1:]))
     assert torch.equal(data[1], study.volumes([0, 6])["dmri"]) and loss.isfinite() and loss.requires_grad
 

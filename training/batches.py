@@ -4,30 +4,39 @@ import math
 
 import numpy as np
 
-PAIRS_PER_INCOMPLETE = 3  # visits, in stage 2 (docs/results.md)
+PAIRS_PER_INCOMPLETE = 3  # visits of an epoch (docs/results.md)
+
+
+def incomplete_per_epoch(complete: list[int], incomplete: list[int], batch_size: int) -> tuple[int, int]:
+    """How many incomplete visits an epoch has, and how many of them take the place of a pair.
+
+    Batches under four are too small for that: there, they come on top of batch_size pairs (docs/results.md).
+    """
+    count = min(len(incomplete), math.ceil(len(complete) / PAIRS_PER_INCOMPLETE))
+    return count, count if batch_size > PAIRS_PER_INCOMPLETE else 0
 
 
 def steps_per_epoch(complete: list[int], incomplete: list[int], batch_size: int) -> int:
-    """Incomplete visits take up to a quarter of the places; batches under four keep all of theirs for pairs."""
-    places = min(batch_size // (PAIRS_PER_INCOMPLETE + 1), len(incomplete) * batch_size // len(complete))
-    return math.ceil(len(complete) / (batch_size - places))
+    _, inside = incomplete_per_epoch(complete, incomplete, batch_size)
+    return math.ceil((len(complete) + inside) / batch_size)
 
 
 def training_batch(complete: list[int], incomplete: list[int], batch_size: int, seed: int, step: int) -> list[int]:
     """The visits of step 0, 1, ..., the same in a resumed run.
 
-    An epoch has every complete visit once, batch_size of them in a step, the last of which may have fewer; or, among
-    incomplete visits, all steps about as many. Of these, an epoch has up to one for every PAIRS_PER_INCOMPLETE complete
-    ones; they take turns over the epochs.
+    An epoch has every complete visit once, batch_size of them in a step; its last step may have fewer. Where some are
+    incomplete, they take turns over the epochs, and both kinds are spread evenly over the steps.
     """
     steps = steps_per_epoch(complete, incomplete, batch_size)
     epoch, part = divmod(step, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(complete)
+    order = np.random.default_rng([seed, epoch]).permutation(complete).tolist()
     if not incomplete:
-        return order[part * batch_size:(part + 1) * batch_size].tolist()
-    count = min(len(incomplete), math.ceil(len(complete) / PAIRS_PER_INCOMPLETE))
-    turn, first = divmod(epoch * count, len(incomplete))
-    turns = np.concatenate([np.random.default_rng([seed, each, 1]).permutation(incomplete)
-                            for each in (turn, turn + 1)])[first:first + count]
-    return [i for visits in (order, turns)
-            for i in visits[part * len(visits) // steps:(part + 1) * len(visits) // steps].tolist()]
+        return order[part * batch_size:(part + 1) * batch_size]
+    count, inside = incomplete_per_epoch(complete, incomplete, batch_size)
+    turn, start = divmod(epoch * count, len(incomplete))
+    turns = [i for each in (turn, turn + 1)
+             for i in np.random.default_rng([seed, each, 1]).permutation(incomplete).tolist()][start:]
+    # cut so, no step has more than batch_size visits, or where incomplete ones come on top, pairs
+    (pair, other), (next_pair, next_other) = ((k * (len(order) + inside) // steps - k * inside // steps,
+                                               k * count // steps) for k in (part, part + 1))
+    return order[pair:next_pair] + turns[other:next_other]
