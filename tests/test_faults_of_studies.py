@@ -261,8 +261,7 @@ def test_s13_a_hundred_thousand_rows(tmp_path):
     write_split(tmp_path / "split.csv", pairs, roles)
     assert identical_scans((pair, modality, pair.name + modality, pair.name + modality)
                            for pair in pairs for modality in BOTH) == []
-    assert len(pairs) == 98_000 and problems == []
-    assert time.process_time() - start < 30  # 12 on a busy core; quadratic work would take hours
+    assert len(pairs) == 98_000 and problems == [] and time.process_time() - start < 10
 
 
 # ---- S7 .. S9, S12, H11: files and intensities (S10: test_volumes.py)
