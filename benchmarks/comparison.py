@@ -1,4 +1,4 @@
-"""The table and the chart of a comparison: runs on the same subjects, paired by subject and seed."""
+"""The table and the chart of a comparison: runs on the same subjects, paired by subject and run."""
 
 from pathlib import Path
 
@@ -11,35 +11,42 @@ from utils.metrics import DIGITS, gain_text
 COMPARED = ("psnr", "ssim")
 
 
-def by_subject(rows: list[dict], name: str) -> dict[str, dict[int, float]]:
-    """subject -> seed -> score. Each seed may have subjects of its own."""
+Run = tuple[int, int]  # fold (0 where the arms have none) and seed
+
+
+def run_of(row: dict) -> Run:
+    return row.get("fold", 0), row["seed"]
+
+
+def by_subject(rows: list[dict], name: str) -> dict[str, dict[Run, float]]:
+    """subject -> run -> score. Each run may have subjects of its own."""
     values = {}
     for row in rows:
-        values.setdefault(row["subject"], {})[row["seed"]] = row[name]
+        values.setdefault(row["subject"], {})[run_of(row)] = row[name]
     return values
 
 
-def differences(rows: list[dict], others: list[dict], name: str) -> dict[str, dict[int, float]]:
-    """subject -> seed -> how much higher the score is in the first rows, where both have one."""
+def differences(rows: list[dict], others: list[dict], name: str) -> dict[str, dict[Run, float]]:
+    """subject -> run -> how much higher the score is in the first rows, where both have one."""
     first, second = by_subject(rows, name), by_subject(others, name)
-    shared = {subject: seeds.keys() & second.get(subject, {}).keys() for subject, seeds in first.items()}
-    return {subject: {seed: first[subject][seed] - second[subject][seed] for seed in sorted(seeds)}
-            for subject, seeds in shared.items() if seeds}
+    shared = {subject: runs.keys() & second.get(subject, {}).keys() for subject, runs in first.items()}
+    return {subject: {run: first[subject][run] - second[subject][run] for run in sorted(runs)}
+            for subject, runs in shared.items() if runs}
 
 
 def cells_of_gain(rows: list[dict], others: list[dict], name: str) -> tuple[str, str]:
-    """How much higher the first rows' score is: mean over subjects (each the mean of its seeds) with its 95 % interval,
-    and mean of each seed. Empty where both have no subject and seed in common, or are the same."""
+    """How much higher the first rows' score is: mean over subjects (each the mean of its runs) with its 95 % interval,
+    and mean of each run. Empty where both have no subject and run in common, or are the same."""
     found, digits = differences(rows, others, name), DIGITS.get(name, 3)
     if not found or rows is others:
         return "", ""
-    means = [np.mean(list(seeds.values())) for seeds in found.values()]
-    of_seed = {}
-    for seeds in found.values():
-        for seed, value in seeds.items():
-            of_seed.setdefault(seed, []).append(value)
+    means = [np.mean(list(runs.values())) for runs in found.values()]
+    of_run = {}
+    for runs in found.values():
+        for run, value in runs.items():
+            of_run.setdefault(run, []).append(value)
     return (gain_text(means, np.zeros(len(means)), f"+.{digits}f"),
-            ", ".join(f"{np.mean(of_seed[seed]):+.{digits}f}" for seed in sorted(of_seed)))
+            ", ".join(f"{np.mean(of_run[run]):+.{digits}f}" for run in sorted(of_run)))
 
 
 def table(rows: list[dict], what: str, reference: str, case: str = "", scores: tuple[str, ...] = COMPARED,
@@ -48,7 +55,7 @@ def table(rows: list[dict], what: str, reference: str, case: str = "", scores: t
 
     what: the column that names the arm; case: a column of numbers, such as minutes; costs: columns of runs -> digits.
     """
-    header = [*filter(None, (case, "direction", what)), "seeds", *scores, f"{reference} better by, dB", "each seed, dB",
+    header = [*filter(None, (case, "direction", what)), "runs", *scores, f"{reference} better by, dB", "each run, dB",
               f"{reference} better by, SSIM", *(costs or {})]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     found = {}  # (case, direction) -> arm -> rows
@@ -56,12 +63,12 @@ def table(rows: list[dict], what: str, reference: str, case: str = "", scores: t
         found.setdefault((row.get(case, 0.0), row["direction"]), {}).setdefault(row[what], []).append(row)
     for (number, direction), arms in sorted(found.items()):
         for arm, own in arms.items():
-            cells = [f"{number:g}"] * bool(case) + [direction, arm, str(len({row["seed"] for row in own}))]
+            cells = [f"{number:g}"] * bool(case) + [direction, arm, str(len({run_of(row) for row in own}))]
             for name in scores:
-                means = [np.mean(list(seeds.values())) for seeds in by_subject(own, name).values()]
+                means = [np.mean(list(runs.values())) for runs in by_subject(own, name).values()]
                 cells.append(f"{np.nanmean(means):.{DIGITS.get(name, 3)}f}")
-            (gain, seeds), (ssim, _) = (cells_of_gain(arms.get(reference, own), own, name) for name in COMPARED)
-            cells += [gain, seeds, ssim]
+            (gain, of_runs), (ssim, _) = (cells_of_gain(arms.get(reference, own), own, name) for name in COMPARED)
+            cells += [gain, of_runs, ssim]
             for name, digits in (costs or {}).items():
                 known = [row[name] for row in own if row[name] is not None]
                 cells.append(f"{np.mean(known):.{digits}f}" if known else "")

@@ -91,15 +91,14 @@ def scores(checkpoint: Path, pairs: list[Pair], settings) -> list[dict]:
     return rows
 
 
-def pairs_of(role: str, settings) -> list[Pair]:
+def test_pairs(settings) -> list[Pair]:
     study = read_study(settings)
-    return [study.pairs[i] for i in study.roles[role]]
+    return [study.pairs[i] for i in study.roles["test"]]
 
 
-def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new: list[Pair],
-            role: str = "test") -> Iterator[list[dict]]:
+def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new: list[Pair]) -> Iterator[list[dict]]:
     """Train and score the arms one by one; yields all rows of scores.csv so far. new: pairs to score on; without any,
-    those of this role in each seed's split."""
+    the test subjects of each seed's split."""
     rows, own.out = [], own.out.resolve()
     path = own.out / "plan.json"
     options = {arm: base + shlex.split(words) for arm, words in arms.items()}
@@ -118,7 +117,7 @@ def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new:
         kept = folder / "scores.csv"
         if not kept.exists():
             settings = parse_arguments(opt, PRESETS, words, "")
-            found = scores(folder / "best_refine.pth", new or pairs_of(role, settings), settings)
+            found = scores(folder / "best_refine.pth", new or test_pairs(settings), settings)
             write_table(kept, COLUMNS, [{**run, **row} for row in found])
         with open(kept, newline="") as file:
             rows += [{**row, **run, "psnr": float(row["psnr"]), "ssim": float(row["ssim"])}

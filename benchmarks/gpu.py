@@ -85,7 +85,7 @@ GROUPS = {"norm and SiLU": r"^(sum|map)_kernel",  # the first that matches count
 LONGEST = 15  # kernels listed
 README = {"fmri->dmri": (28.18, 0.896), "dmri->fmri": (28.45, 0.865)}  # the demo on the CPU: PSNR in dB, SSIM
 PSNR_TOLERANCE = 0.15  # dB
-SECONDS = {"correctness": 40, "small": 15, "paper": 25, "demo": 60}  # without so many left, a part is not begun
+SECONDS = {"correctness": 40, "small": 15, "paper": 25, "demo": 100}  # without so many left, a part is not begun
 
 
 def child(program: list[str], words: list[str], folder: Path, limit: float,

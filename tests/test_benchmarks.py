@@ -273,33 +273,38 @@ def test_equal_time_trains_every_arm_and_pairs_by_subject(grouped, tmp_path, mon
 def test_few_pairs_takes_scans_away_and_compares_by_subject(grouped, tmp_path, monkeypatch, capsys):
     roles = []
 
-    def compare(own, options, arms, new, role) -> Iterator[list[dict]]:
+    def compare(own, options, arms, new) -> Iterator[list[dict]]:
         study = read_study(settings_of(options))
         roles.append({name: [study.pairs[i].name for i in places] for name, places in study.roles.items()})
-        assert role == "validation" and not new and own.minutes == [1.0]
+        assert not new and own.minutes == [1.0]
         yield [{"arm": arm, "seed": seed, "subject": f"sub-{n}", "direction": direction, "ssim": 0.5,
                 "psnr": 20 + n + seed + (0.4 + 0.1 * n) * (arm == few_pairs.ALL)}
                for arm in arms for seed in (0, 1) for n in range(3) for direction in ("fmri->dmri", "dmri->fmri")]
 
     monkeypatch.setattr(equal_time, "compare", compare)
-    monkeypatch.setattr("sys.argv", ["x", "--minutes", "1", "--pairs", "1", "3", "--out", str(tmp_path), *grouped[0]])
+    monkeypatch.setattr("sys.argv", ["x", "--minutes", "1", "--pairs", "1", "3", "--test_folds", "2", "1",
+                                     "--out", str(tmp_path), *grouped[0]])
     few_pairs.main()
-    study = read_study(settings_of(grouped[0]))
-    whole = {name: [study.pairs[i].name for i in places] for name, places in study.roles.items()}
-    assert len(roles[0]["train"]) == 1 and len(roles[0].pop("incomplete")) == 2 and "incomplete" not in roles[1]
-    for found in roles:
+    for i, found in enumerate(roles):
+        study = read_study(settings_of([*grouped[0], f"--fold={(2, 1)[i % 2]}"]))
+        whole = {name: [study.pairs[n].name for n in places] for name, places in study.roles.items()}
         assert found["test"] == whole["test"] and len(found["validation"]) == len(whole["validation"])
-    rows = read_csv(tmp_path / "1 pairs/pairs.csv")
+        assert (len(found["train"]), len(found.get("incomplete", []))) == ((1, 2), (3, 0))[i // 2]
+    assert len(roles) == 4 and roles[0]["test"] != roles[1]["test"]
+    rows = read_csv(tmp_path / "1 pairs, fold 2/pairs.csv")
     assert sorted(name for row in rows for name in SIZES if not row[name]) == ["dmri", "fmri"]
     printed = capsys.readouterr().out
-    assert printed.count("| 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.50, +0.50 | +0.000") == 2 * 2 * 2
-    assert printed.count("| 22.00 | 0.500 |  |  |  |") == 4 and (tmp_path / "curves.png").exists()
-    monkeypatch.setattr("sys.argv", [*sys.argv[:4], "4", *sys.argv[6:]])
-    with pytest.raises(SystemExit, match="--pairs 4: the study has 3 training subjects"):
-        few_pairs.main()
+    assert printed.count("| 4 | 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.50, +0.50, +0.50, +0.50 |") == 2 * 2 * 2
+    assert printed.count("| 4 | 22.00 | 0.500 |  |  |  |") == 4 and (tmp_path / "curves.png").exists()
+    for wrong, message in ((("4", "1"), "--pairs 4: the study has 3 training subjects"), (("1", "7"), "opt.fold = 7")):
+        monkeypatch.setattr("sys.argv", ["x", "--minutes", "1", "--pairs", wrong[0], "--test_folds", wrong[1],
+                                         "--out", str(tmp_path), *grouped[0]])
+        with pytest.raises(SystemExit, match=message):
+            few_pairs.main()
+    assert len(roles) == 4  # refused before anything is trained
 
 
-def test_a_comparison_is_paired_by_subject_and_seed():
+def test_a_comparison_is_paired_by_subject_and_run():
     """Each seed has its own test subjects, and an arm may have fewer seeds than the reference."""
     rows = [{"arm": arm, "minutes": 6, "seed": seed, "subject": f"{seed}{n}", "direction": "a->b", "weights": weights,
              "psnr": 20 + 5 * seed + n + gain * n, "ssim": 0.5 + gain / 100}
@@ -307,7 +312,7 @@ def test_a_comparison_is_paired_by_subject_and_seed():
             for n in range(1, 4)]
     header, _, two, one = (line.split(" | ") for line in comparison.table(rows, "arm", "two", "minutes",
                                                                           costs={"weights": 0}).splitlines())
-    assert header[6:8] == ["two better by, dB", "each seed, dB"]
+    assert header[6:8] == ["two better by, dB", "each run, dB"]
     assert two[:6] == ["| 6", "a->b", "two", "2", "26.50", "0.510"] and two[-1] == "200 |"
     assert one[3:5] == ["1", "22.00"] and one[6].startswith("+2.00 (+1.") and one[7] == "+2.00"
     assert one[8].startswith("+0.010 (") and one[-1] == " |"

@@ -262,7 +262,9 @@ def fit(stage: Stage) -> bool:
             times.append(time.perf_counter())
             if run.step == start + 1 + TIMED_STEPS:
                 seconds = float(np.median(np.diff(times)))
-                bar.write(f"time        {seconds:.2g} s per step, {seconds * per_epoch / 60:.2g} min per epoch, "
+                minutes = seconds * per_epoch / 60
+                bar.write(f"time        {seconds:.3g} s per step, "
+                          f"{minutes:{'.2g' if minutes < 10 else '.0f'}} min per epoch, "
                           f"{seconds * (total - run.step) / 60:.0f} min to go (without validation and pictures)"
                           + (f"\nmemory      {torch.cuda.max_memory_reserved(stage.device) / 2**30:.1f} GiB of the GPU"
                              if on_gpu else ""))
