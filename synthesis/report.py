@@ -71,6 +71,6 @@ def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[flo
         rows.append((f"{pair.name}\n{pair.group}\n{TRAINED_ON * sidecar.get('TrainedOn', False)}", panels))
     columns = [(modality, kind) for modality in ranges for kind in KINDS
                if any((modality, kind) in panels for _, panels in rows)]
-    save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)} visits",
+    save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)}",
               [f"{modality}: {kind}" for modality, kind in columns],
               [(label, [panels.get(column) for column in columns]) for label, panels in rows])
