@@ -50,7 +50,8 @@ def read_visits(opt, model: TrainedModel) -> list[derivatives.Visit]:
         try:
             scans = model.read(pair.files, Path(opt.cache_dir))
         except DataError as error:
-            raise UserError(f"{error}.\nFiles are read as in the model's training, whatever opt.py says now") from error
+            raise UserError(f"{error}.\nThe model's training decides how files are read (opt.image_size, opt.resize, "
+                            "...), not opt.py: only correct the file, or exclude the subject (opt.exclude)") from error
         grids = [(np.array(metadata["affine"]), model.readings[name].size) for name, (_, metadata) in scans.items()]
         if model.alignment.how == "grid" and len(grids) > 1 and (note := misalignment(pair, *grids)):
             notes.append(note)
@@ -116,8 +117,7 @@ def synthesise(opt, model: TrainedModel, visits: list[derivatives.Visit], folder
             frame = pair.files.get(source if opt.output_space == "source" else target)
             derivatives.write(path, volume, affine, frame, pair.files.get(source), MadeWith=made_with, Group=pair.group,
                               Subject=pair.name, Direction=f"{source}->{target}",
-                              TrainedOn=any(metadata["scan"] in model.seen_scans for _, metadata in scans.values()),
-                              Scores=derivatives.json_scores(scores))
+                              TrainedOn=model.has_seen(scans), Scores=derivatives.json_scores(scores))
 
 
 def run(settings) -> int:
@@ -150,7 +150,7 @@ def run(settings) -> int:
                       f"{settings.resume_path}")
             else:
                 write_scores(folder)
-            save_pictures(folder, visits, model.ranges)
+            save_pictures(folder, visits, model)
             missing = sum(modality not in pair.files for pair, _ in visits for modality in model.modalities)
             what = "new pairs" if joint else f"visits ({missing} scans were missing)"
             print(f"{len(visits)} {what}: the synthesised volumes are in {folder}, and pictures in "

@@ -12,7 +12,7 @@ from scipy.ndimage import affine_transform
 from scipy.spatial import cKDTree
 
 from data.pairs import Pair
-from data.problems import Problem, VolumeError
+from data.problems import Problem, VolumeError, or_leave_out
 from data.volumes import read_volume
 from utils.errors import UserError
 from utils.stop import interruptible
@@ -56,6 +56,19 @@ class LabelImage:
                                     order=0, mode="grid-constant")  # up to the outer edges of its voxels
                    for offset in offsets)
         return hits >= len(offsets) / 2
+
+
+def uses_rois(opt, pair: Pair) -> bool:
+    """Whether the ROIs of opt.pattern_networks make the masks of a pair."""
+    in_mni = opt.space == "mni" or (opt.space == "auto" and pair.in_mni)
+    return in_mni and bool(opt.pattern_networks) and not opt.pattern_file
+
+
+def outside_rois(pair: Pair, path: Path) -> Problem:
+    """The problem of a scan of such a pair whose mask would be empty."""
+    problem = Problem(str(path), "no voxel of it lies in the ROIs", "correct its header, or exclude the subject "
+                      '(opt.exclude); or set opt.space = "native" if no scan is in MNI space', pair.name)
+    return problem if pair.is_complete else or_leave_out(problem)
 
 
 def unreadable_labels(opt, pairs: list[Pair]) -> list[Problem]:

@@ -120,7 +120,8 @@ def to_grid(scan: Scan, path: Path, reading: Reading) -> tuple[np.ndarray, float
         if reading.resize == "none":
             found, wanted = ("x".join(map(str, size)) for size in (volume.shape, reading.size))
             raise VolumeError(path, f"has size {found}, but opt.image_size is {wanted} for {reading.modality}",
-                              f'set --image_size {reading.modality}={found}, or opt.resize = "resample" or "pad_crop"')
+                              f'set opt.resize = "resample" or "pad_crop", exclude the subject (opt.exclude), or, if '
+                              f"all have this size, set --image_size {reading.modality}={found}")
         volume, affine = RESIZE[reading.resize](volume, affine, reading.size)
     return *normalise(volume, path, reading.intensity), affine
 

@@ -1,6 +1,7 @@
 """`python main.py --check`: read every volume to its end, train nothing, and report all problems of a study at once."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
-from data.atlas import empty_regions, unreadable_labels
+from data.atlas import empty_regions, outside_rois, pattern_mask, roi_centres, unreadable_labels, uses_rois
 from data.cache import Reading, content, doubts, identical_scans, to_grid
 from data.grids import spacing_of
 from data.overlay import PAIRS_SHOWN, overlay, save_overlays
@@ -58,8 +59,8 @@ def check_study(opt) -> bool:
             found, warnings = overlay(pair, alignment, scans)
             overlays = sorted([*overlays, found], key=lambda each: each.similarity)[:PAIRS_SHOWN]
             problems += warnings
-    problems += unreadable_labels(opt, pairs) + identical_scans((file.pair, modality, *file.contents)
-                                for modality, listed in files.items() for file in listed)
+    problems += unreadable_labels(opt, pairs) + _outside_rois(opt, itertools.chain(*files.values())) + identical_scans(
+        (file.pair, modality, *file.contents) for modality, listed in files.items() for file in listed)
     how = f"brought together {alignment}" if alignment else "which cannot be brought together"
     print(f"{described(pairs)}, {how}")
     sizes, fits = {}, True
@@ -113,12 +114,25 @@ def _examine(pair: Pair, readings: dict[str, Reading],
         grids.append((affine, volume.shape))
         files[modality] = SimpleNamespace(
             pair=pair, path=path, size=scan.voxels.shape, spacing=spacing_of(scan.affine), low=low, high=high,
-            orientation=scan.orientation, time_points=scan.time_points, scan=scan,
+            grid=grids[-1], orientation=scan.orientation, time_points=scan.time_points, scan=scan,
             contents=(content(scan.voxels), content(volume)))
         problems += doubts(pair, modality, scan.doubts)
     if len(grids) == 2 and alignment and alignment.how == "grid" and (warning := misalignment(pair, *grids)):
         problems.append(warning)
     return files, problems
+
+
+def _outside_rois(opt, files: Iterable[SimpleNamespace]) -> list[Problem]:
+    """The scans whose masks of opt.pattern_networks would be empty."""
+    centres, in_rois, problems = roi_centres(opt.pattern_networks), {}, []
+    for file in interruptible([file for file in files if uses_rois(opt, file.pair)]):
+        affine, size = file.grid
+        key = size, affine.round(4).tobytes()  # many scans have the same grid
+        if key not in in_rois:
+            in_rois[key] = pattern_mask(size, affine, centres, opt.pattern_radius).any()
+        if not in_rois[key]:
+            problems.append(outside_rois(file.pair, file.path))
+    return problems
 
 
 def _describe(files: list[SimpleNamespace], reading: Reading,
@@ -138,9 +152,10 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
     if alignment.how == "world":  # voxels of the box as large as the files' are
         usual = np.rint(alignment.box / np.median([file.spacing for file in complete], axis=0)).astype(int).tolist()
     elif reading.resize == "none":
-        problems = [Problem(str(file.path), f"has size {_x(file.size)}, most have {_x(usual)}", 'set opt.resize = '
-                            '"resample" or "pad_crop", or exclude the subject (opt.exclude)', file.pair.name)
-                    for file in files if file.size != usual]
+        odd = [(file, Problem(str(file.path), f"has size {_x(file.size)}, most have {_x(usual)}", 'set opt.resize = '
+                              '"resample" or "pad_crop", or exclude the subject (opt.exclude)', file.pair.name))
+               for file in files if file.size != usual]
+        problems = [problem if file.pair.is_complete else or_leave_out(problem) for file, problem in odd]
         if reading.size and usual != reading.size:
             problems.append(Problem(f"opt.image_size ({reading.modality})", f"is {_x(reading.size)}, but most volumes "
                                     f"have {_x(usual)}", "set it as suggested, or choose another opt.resize", "all"))

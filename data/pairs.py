@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +102,16 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     pairs = [visit for visit in visits if len(visit.files) >= needed]
     problems = [problem for problem in problems
                 if not {problem.subject, _canonical(problem.subject, "sub")} & excluded] + _conflicts(pairs)
-    for visit in visits:
-        if len(visit.files) < needed:
-            missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
-            other = '; opt.incomplete = "use" trains on the other scan' if visit.files else ""
-            problems.append(Problem(visit.name, f"left out because it has no {missing}", "if there is such a file, "
-                                    f"give it the same subject and session{other}", visit.name, fatal=False))
-            problems += [Problem(str(file), "no such file", "correct its path; sample.py will need it", visit.name,
-                                 fatal=False) for file in visit.files.values() if not os.path.exists(file)]
+    left_out = [visit for visit in visits if len(visit.files) < needed]
+    rows = Counter(visit.name for visit in left_out)
+    for visit in left_out:
+        missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
+        other = '; opt.incomplete = "use" trains on the other scan' if visit.files else ""
+        problems.append(Problem(visit.name, f"left out because it has no {missing}", "put both scans into one row"
+                                if rows[visit.name] > 1 else "if there is such a file, give it the same subject and "
+                                f"session{other}", visit.name, fatal=False))
+        problems += [Problem(str(file), "no such file", "correct its path; sample.py will need it", visit.name,
+                             fatal=False) for file in visit.files.values() if not os.path.exists(file)]
     if needed and not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))

@@ -38,10 +38,13 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
     test = {person for person in group_of if fold_of[person] == fold}
     rest = [person for person in _seeded_order(group_of, seed + 1) if person not in test]
     if not test or len(rest) < 2:
-        raise DataError(Problem(f"opt.folds = {folds}, opt.fold = {fold}", f"{len(test)} of {len(group_of)} subjects "
-                                f"would be tested, {len(rest)} left for training and validation",
-                                f"set opt.fold to one of {sorted(set(fold_of.values()))}, or opt.folds lower, or to 1, "
-                                "which trains and tests on all subjects"))
+        sizes = Counter(fold_of[person] for person in group_of)
+        usable = [each for each in sorted(sizes) if len(group_of) - sizes[each] >= 2]
+        raise DataError(Problem(f"opt.folds = {folds}, opt.fold = {fold}", f"of {len(group_of)} subjects with both "
+                                f"scans, {len(test)} would be tested and {len(rest)} left for training and validation",
+                                (f"set opt.fold to one of {usable}" if usable else "add subjects with both scans: at "
+                                 "least one is tested, one validated and one trained on")
+                                + "; or set opt.folds to 1, which trains and tests on all subjects"))
     validation = rest[:max(1, min(round(validation_fraction * len(rest)), len(rest) - 1))]
     held_out = dict.fromkeys(test, "test") | dict.fromkeys(validation, "validation")
     return {role: [i for i, pair in enumerate(pairs) if held_out.get(pair.person, "train") == role] for role in ROLES}
@@ -57,6 +60,9 @@ def add_incomplete(pairs: list[Pair], roles: dict[str, list[int]], incomplete: l
     if torn := [visit.name for visit in incomplete if visit.fold not in (None, fold_of.get(visit.person, visit.fold))]:
         raise DataError(_torn(torn))
     if test_fold is not None:
+        if not fold_of and (named := [visit.name for visit in incomplete if visit.fold is not None]):
+            raise DataError(Problem(", ".join(named), "the fold column is filled for visits with one scan only",
+                                    "fill it for all pairs or for none"))
         held_out = {visit.person: "test" for visit in incomplete if visit.fold == test_fold}
         held_out |= {pairs[i].person: role for role in ROLES[1:] for i in roles[role]}
     used = [visit for visit in incomplete if visit.person not in held_out]

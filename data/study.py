@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
-from data.atlas import LabelImage, empty_regions, pattern_mask, roi_centres
+from data.atlas import LabelImage, empty_regions, outside_rois, pattern_mask, roi_centres, uses_rois
 from data.cache import Reading, cached_volume, doubts, identical_scans, load_volume
 from data.demo import COMPLETE, DEMO_ROOT, write_demo
 from data.grids import spacing_of
@@ -88,15 +88,13 @@ class Study:
                 elif source:
                     mask = pattern_mask(size, affine, centres, opt.pattern_radius)
                     if not mask.any():
-                        raise UserError(f"{self.pairs[i].files[modality]}: no voxel of it lies in {source}; set "
-                                        'opt.space = "native" if it is not in MNI space')
+                        raise DataError(outside_rois(self.pairs[i], self.pairs[i].files[modality]))
                 shared[key] = torch.from_numpy(mask)[None]
             return shared[key]
 
         self._masks = {modality: [] for modality in self.modalities}
         for i, pair in enumerate(self.pairs):
-            in_mni = opt.space == "mni" or (opt.space == "auto" and pair.in_mni)
-            source = "the ROIs" if len(centres) and in_mni else ""
+            source = "the ROIs" if uses_rois(opt, pair) else ""
             if opt.pattern_file:
                 file = pair.file_of(opt.pattern_file)  # often made from the scan that an incomplete visit lacks
                 source = str(file) if pair.is_complete or file.exists() else ""
@@ -225,6 +223,11 @@ def split_study(opt, visits: list[Pair]) -> tuple[list[Pair], dict[str, list[int
     roles = split_subjects(pairs, opt.folds, opt.fold, opt.validation_fraction, opt.seed)
     pairs, warnings = add_incomplete(pairs, roles, [visit for visit in visits if not visit.is_complete],
                                      opt.fold if opt.folds > 1 else None)
+    if opt.condition_on_group:
+        learnt = {"", *(pairs[i].group for i in roles["train"])}
+        warnings += [Problem(pairs[i].name, f"is trained on without its group, {pairs[i].group}: no training pair is "
+                             "of this group", "correct its group if that is wrong", pairs[i].name, fatal=False)
+                     for i in roles.get("incomplete", []) if pairs[i].group not in learnt]
     return pairs, roles, warnings
 
 
@@ -241,7 +244,7 @@ def read_study(opt) -> Study:
         why, remedy = (("have no such label in opt.pattern_file", "") if opt.pattern_file else
                        ("are not known to be in MNI space, as the ROIs are", '. Set opt.space = "mni" if they are in '
                         "it, or opt.pattern_file to a label image of your own"))
-        print(f"note: {study.has_pattern.count(False)} of {len(pairs)} pairs {why}: all their voxels have the same "
+        print(f"note: {study.has_pattern.count(False)} of {len(pairs)} visits {why}: all their voxels have the same "
               f"weight in the loss{remedy}")
     if misaligned := study.misaligned_pairs():
         print(f"note: {len(misaligned)} of {len(pairs)} pairs are misaligned, for example {misaligned[0]}")

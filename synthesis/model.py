@@ -47,6 +47,10 @@ class TrainedModel:
         return {modality: cached_volume(files[modality], reading, cache_dir)
                 for modality, reading in self.alignment.readings(self.readings, files).items()}
 
+    def has_seen(self, scans: dict[str, tuple[Path, dict]]) -> bool:
+        """Whether it was trained or validated on one of the scans that `read` returns."""
+        return any(metadata["scan"] in self.seen_scans for _, metadata in scans.values())
+
     def translate(self, source: str, target: str, volumes: np.ndarray, keys: list[int], flips: bool = False,
                   realism: float = 0.0, uncertainty_samples: int = 0) -> dict[str, np.ndarray]:
         """Source volumes (B, X, Y, Z) -> {description: target volumes}. keys: of the noise, one per volume. flips: as

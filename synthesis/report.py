@@ -9,6 +9,7 @@ from data.grids import spacing_of
 from data.intensity import scale
 from data.volumes import on_grid, read_volume
 from synthesis.derivatives import Visit, read_sidecar, read_sidecars, scores_in, volume_path
+from synthesis.model import TrainedModel
 from utils.figures import Panel, save_grid
 from utils.files import write_table, write_text
 from utils.metrics import quality, summary, write_metrics
@@ -42,13 +43,22 @@ def write_pair_tables(folder: Path, modalities: tuple[str, str]) -> None:
     write_text(folder / "participants.tsv", "\n".join(lines) + "\n")
 
 
-def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[float, float]]) -> None:
+def some_of(visits: list[Visit], model: TrainedModel) -> list[Visit]:
+    """VISITS_SHOWN of them: half of these, or more, lack a scan, if so many do; the others rather have scans that the
+    model has not seen. Each kind is spread evenly over its visits."""
+    lacking, others = ([visit for visit in visits if (len(visit[1]) == 1) == lacks] for lacks in (True, False))
+    new, seen = ([visit for visit in others if model.has_seen(visit[1]) == known] for known in (False, True))
+    shown = []
+    for kind, room in ((lacking, max(VISITS_SHOWN // 2, VISITS_SHOWN - len(others))), (new, VISITS_SHOWN),
+                       (seen, VISITS_SHOWN)):
+        number = min(len(kind), room, VISITS_SHOWN - len(shown))
+        shown += [kind[place] for place in np.linspace(0, len(kind) - 1, number).round().astype(int)]
+    return shown
+
+
+def save_pictures(folder: Path, visits: list[Visit], model: TrainedModel) -> None:
     """Save synthesis.png with some of the visits or new pairs, one row each. Raises UserError."""
-    shown, rows = [], []
-    for missing in (True, False):  # first those that lack a scan
-        those = [visit for visit in visits if (len(visit[1]) == 1) == missing]
-        places = np.linspace(0, len(those) - 1, min(len(those), VISITS_SHOWN - len(shown))).round().astype(int)
-        shown += [those[place] for place in places]
+    shown, ranges, rows = some_of(visits, model), model.ranges, []
     for pair, scans in shown:
         panels = {(modality, "real"): Panel(load_volume(file), spacing_of(np.array(metadata["affine"])))
                   for modality, (file, metadata) in scans.items()}
@@ -68,7 +78,8 @@ def save_pictures(folder: Path, visits: list[Visit], ranges: dict[str, tuple[flo
             if std.exists():
                 deviation = on_grid(read_volume(std, "first"), size, affine) * 2 / (high - low)
                 panels[target, "deviation"] = Panel(deviation, spacing, kind="deviation")
-        rows.append((f"{pair.name}\n{pair.group}\n{TRAINED_ON * sidecar.get('TrainedOn', False)}", panels))
+        label = pair.name, pair.group, TRAINED_ON * model.has_seen(scans)
+        rows.append(("\n".join(filter(None, label)), panels))
     columns = [(modality, kind) for modality in ranges for kind in KINDS
                if any((modality, kind) in panels for _, panels in rows)]
     save_grid(folder / "synthesis.png", f"{len(shown)} of {len(visits)}",

@@ -50,9 +50,9 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
     intact, copy, missing, *others = sorted(table.parent.glob("*_fmri.nii.gz"))
     shutil.copy(intact, copy)
     table.write_text(table.read_text().replace(missing.name, ""))
-    warnings = {"do not overlap": (SROW + 12, struct.pack("<f", 9000)), "gives no orientation": (FORMS, bytes(4)),
-                "1 voxels were NaN": (VOXELS, struct.pack("<f", np.nan))}
-    errors = {"has size 11x13x11, most have 12x13x11": (AXES + 2, struct.pack("<h", 11)),
+    warnings = {"gives no orientation": (FORMS, bytes(4)), "1 voxels were NaN": (VOXELS, struct.pack("<f", np.nan))}
+    errors = {"do not overlap": (SROW + 12, struct.pack("<f", 9000)),  # and has no ROI, see below
+              "has size 11x13x11, most have 12x13x11": (AXES + 2, struct.pack("<h", 11)),
               "every voxel is 3": (VOXELS, np.full(12 * 13 * 11, 3, "<f4").tobytes())}
     faults = [*DAMAGED.values(), *((lambda good, field=field: with_header(good, field), what)
                                    for what, field in (warnings | errors).items())]
@@ -65,6 +65,7 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
     said = {subject: " ".join(row["what"] for row in found if row["subject"] == subject) for subject in expected}
     assert {row["subject"] for row in found} == set(expected)  # no subject without a fault is listed
     assert all(what in said[subject] for subject, what in expected.items())
+    assert sum("no voxel of it lies in the ROIs" in words for words in said.values()) == 1
     refused = [row["subject"] for row in found if row["fatal"] == "True"]
     assert {expected[subject] for subject in set(expected) - set(refused)} == {expected[missing.name[:6]], *warnings}
     assert all(row["what"] in printed and row["remedy"] in printed for row in found)

@@ -15,6 +15,7 @@ from utils.metrics import (
     METRICS,
     MS_SSIM_EXPONENTS,
     basic_scores,
+    gain_text,
     gms_map,
     ms_ssim,
     paired_gain,
@@ -224,6 +225,7 @@ def test_paired_gain_lies_in_its_interval():
     gain, low, high = paired_gain(np.array([3.0, 4, 5, 6]), np.array([2.0, 2.5, 4, 5]))
     assert gain == pytest.approx(1.125) and 1 <= low < gain < high <= 1.5
     assert paired_gain(np.array([2.0]), np.array([1.0]))[0] == 1
+    assert gain_text(np.array([2.0]), np.array([1.0]), "+.2f", " dB") == "+1.00 dB (no interval)"
     assert paired_gain([2.0, math.inf, 4.0], [1.0, 1.0, math.nan])[0] == 1
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,7 @@ import sample
 from data import split
 from data.pairs import Pair, find_pairs
 from synthesis.derivatives import read_sidecar, volume_path
+from synthesis.report import some_of
 from tests.conftest import BOTH, SIZES, arguments, read_csv, refine_arguments, run_code, save, signalled, weights
 from tests.test_distributed import torchrun
 from training.launch import STOPPED
@@ -77,6 +79,15 @@ def grouped(study_csv, tmp_path_factory) -> Path:
         assert main.main(arguments(table, folder, "--condition_on_group", "--max_steps", "1")) == 0
     assert sample.main(words(folder / "checkpoints/best_model.pth", table, folder, "--joint_samples", "2")) == 0
     return folder
+
+
+def test_the_picture_shows_what_was_missing_and_what_is_new():
+    """Of 12 rows half lack a scan, and of the complete visits those that the model has not seen come first."""
+    model = SimpleNamespace(has_seen=lambda scans: "seen" in scans)
+    visits = [*enumerate([{"a": 0}] * 20 + [{"seen": 0, "b": 0}] * 30 + [{"a": 0, "b": 0}] * 3)]
+    assert [n for n, _ in some_of(visits, model)] == [0, 4, 8, 11, 15, 19, 50, 51, 52, 20, 34, 49]
+    assert [n for n, _ in some_of(visits[:22], model)] == [0, 2, 4, 6, 8, 11, 13, 15, 17, 19, 20, 21]
+    assert [n for n, _ in some_of(visits[-2:], model)] == [51, 52] and some_of([], model) == []
 
 
 @pytest.mark.parametrize("name, volume", [("best_refine.pth", "refined"), ("best_model.pth", "coarse")])

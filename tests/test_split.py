@@ -77,7 +77,9 @@ def test_a_fold_column_may_count_from_one_and_beyond_opt_folds():
 @pytest.mark.parametrize("pairs, folds, fold, message", [
     ([*study(9, 3), Pair("sub-77", "", "", None, {})], 3, 1, "fill it for all pairs or for none"),
     ([*study(9, 3), Pair("sub-00", "2", "", 2, {})], 3, 1, "in different folds"),
-    (study(9, 3), 5, 4, r"set opt.fold to one of \[0, 1, 2\]"), (study(2), 5, 0, "or opt.folds lower")])
+    (study(9, 3), 5, 4, r"set opt.fold to one of \[0, 1, 2\]"),
+    (study(2), 5, 0, "of 2 subjects with both scans, 1 would be tested and 1 left .* add subjects with both scans: .*; "
+     "or set opt.folds to 1")])
 def test_impossible_folds_are_refused(pairs, folds, fold, message):
     with pytest.raises(DataError, match=message):
         split_subjects(pairs, folds, fold, 0.2, 0)
@@ -99,6 +101,8 @@ def test_incomplete_visits_are_trained_on_alone_and_only_where_nobody_is_held_ou
     assert len(add_incomplete(pairs, {role: [*range(9)] for role in ROLES}, lacking, None)[0]) == 15
     with pytest.raises(DataError, match="sub-0_ses-2: the sessions of one subject are in different folds"):
         add_incomplete(pairs, {**before}, [Pair("sub-0", "2", "", 1, {"fmri": Path("a")})], 1)
+    with pytest.raises(DataError, match="sub-78_ses-2, sub-79_ses-2: the fold column is filled for visits with one"):
+        add_incomplete(study(9), {**before}, lacking, 1)
 
 
 def test_groups_are_learnt_only_if_large_enough():

@@ -13,10 +13,11 @@ from nibabel.affines import from_matvec
 from data.check import check_study
 from data.problems import DataError
 from data.split import ROLES
-from data.study import Study, find_study, read_study
+from data.study import Study, find_study, read_study, split_study
 from opt import Options
-from tests.conftest import SIZES, save, write_pairs
+from tests.conftest import SIZES, read_csv, save, write_pairs
 from utils.errors import UserError
+from utils.files import write_table
 
 
 def options(table: Path, folder: Path, **settings) -> Options:
@@ -109,7 +110,7 @@ def test_a_subject_without_the_label_has_the_same_weight_everywhere_and_a_note_s
     settings = options(table, tmp_path, pattern_file=str(tmp_path / "{subject}_labels.nii.gz"), pattern_labels=(1,))
     study = read_study(settings)
     assert study.has_pattern == [False, True, True, True, True, True] and not study.masks([0])["dmri"].any()
-    assert "note: 1 of 6 pairs have no such label in opt.pattern_file" in capsys.readouterr().out
+    assert "note: 1 of 6 visits have no such label in opt.pattern_file" in capsys.readouterr().out
     (tmp_path / "sub-03_labels.nii.gz").write_bytes(b"no image")
     assert not check_study(replace(settings, result_dir=str(tmp_path))) and "sub-03_labels" in capsys.readouterr().out
 
@@ -128,6 +129,31 @@ def test_three_orientations_of_one_study_are_the_same_study(tmp_path):
     assert len({(*study.identity.values(), study.pattern_fingerprint()) for study in studies}) == 1
 
 
+def test_a_single_scan_outside_the_rois_is_refused_by_check_and_training_alike(tmp_path, capsys):
+    table = write_pairs(tmp_path / "s", incomplete=1)
+    path = table.parent / "sub-07_space-MNI_dmri.nii.gz"
+    image = nib.load(path)
+    save(path, image.get_fdata(dtype=np.float32), from_matvec(np.eye(3), [500, 0, 0]) @ image.affine)
+    settings = options(table, tmp_path, align="grid", result_dir=str(tmp_path))
+    message = f'{path}: no voxel of it lies in the ROIs; .* or opt.incomplete = "leave_out"'
+    with pytest.raises(DataError, match=message):
+        read_study(settings)
+    assert not check_study(settings)
+    assert [row["where"] for row in read_csv(tmp_path / "check.csv") if row["fatal"] == "True"] == [str(path)]
+    assert check_study(replace(settings, incomplete="leave_out")) and check_study(replace(settings, space="native"))
+
+
+def test_a_group_of_single_scans_only_is_named(tmp_path):
+    table = write_pairs(tmp_path / "s", incomplete=2)
+    rows = [{**row, "group": ("AD", "NC")[n % 2] if row["fmri"] and row["dmri"] else "MCI"}
+            for n, row in enumerate(read_csv(table))]
+    write_table(table, tuple(rows[0]), rows)
+    for condition, named in ((True, ["sub-07", "sub-08"]), (False, [])):
+        settings = options(table, tmp_path, condition_on_group=condition)
+        *_, warnings = split_study(settings, find_study(settings)[0])
+        assert [warning.subject for warning in warnings if "without its group, MCI" in warning.what] == named
+
+
 def test_all_warnings_are_printed_and_pairs_left_out(tmp_path, capsys):
     table = write_pairs(tmp_path / "s", name="{}_{}.nii.gz")
     table.write_text(table.read_text().replace("sub-03_fmri.nii.gz", ""))
@@ -141,7 +167,7 @@ def test_all_warnings_are_printed_and_pairs_left_out(tmp_path, capsys):
         study = read_study(settings)
         printed = capsys.readouterr().out
         assert len(study.pairs) == 5 and find_study(settings)[0] == study.pairs
-        for part in ("note: sub-03: left out because it has no fmri", "5 of 5 pairs are not known to be in MNI space",
+        for part in ("note: sub-03: left out because it has no fmri", "5 of 5 visits are not known to be in MNI space",
                      "1 of 5 pairs are misaligned, for example sub-01_fmri.nii.gz and sub-01_dmri.nii.gz: their fields "
                      "of view differ by up to 72 mm", f"{path}: 2 voxels were NaN", "nothing about new subjects"):
             assert part in printed

@@ -62,7 +62,7 @@ def test_the_pattern_mask_is_drawn_once_and_only_where_there_is_one(trained, tmp
     assert ((pixels[..., 0] - pixels[..., 2]) > 60).sum() > 200  # orange
     native = write_pairs(tmp_path / "native", name="{}_{}.nii.gz")
     assert main.main(arguments(native, tmp_path, "--max_steps", "1")) == 0
-    assert "6 of 6 pairs are not known to be in MNI space" in capsys.readouterr().out
+    assert "6 of 6 visits are not known to be in MNI space" in capsys.readouterr().out
     assert not (tmp_path / "results/stage1/pattern_mask.png").exists()
     labels = str(native.parent / "sub-01_fmri.nii.gz")  # any image over the volumes; all above 0 counts
     words, drawn = arguments(native, tmp_path / "labels", "--pattern_file", labels), set()

@@ -210,7 +210,7 @@ def paired_gain(first: np.ndarray, second: np.ndarray) -> tuple[float, float, fl
 def gain_text(first: np.ndarray, second: np.ndarray, form: str, unit: str = "") -> str:
     """`paired_gain` in words, such as "+1.23 dB (+0.98 .. +1.50)"."""
     gain, low, high = paired_gain(first, second)
-    return f"{gain:{form}}{unit} ({low:{form}} .. {high:{form}})"
+    return f"{gain:{form}}{unit} " + ("(no interval)" if math.isnan(low) else f"({low:{form}} .. {high:{form}})")
 
 
 def summary(rows: list[dict]) -> str:
