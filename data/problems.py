@@ -24,7 +24,8 @@ class Problem:
 
 def or_leave_out(problem: Problem) -> Problem:
     """The problem of an incomplete visit, which can be done without."""
-    return replace(problem, remedy=f'{problem.remedy}; or opt.incomplete = "leave_out"') if problem.fatal else problem
+    remedy = f'{problem.remedy}; or opt.incomplete = "leave_out", which leaves out all visits with one scan'
+    return replace(problem, remedy=remedy) if problem.fatal else problem
 
 
 class DataError(UserError):

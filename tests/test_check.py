@@ -141,7 +141,7 @@ def test_incomplete_visits_do_not_decide_what_is_usual_and_can_be_done_without(t
     assert "suggested: --image_size a=16x16x16 b=16x16x16 --resize resample" in capsys.readouterr().out
     refused = {row["subject"]: row["remedy"] for row in rows(tmp_path) if row["fatal"] == "True"}
     assert [*sorted(refused)] == [f"sub-single{number}" for number in range(4)]
-    assert refused["sub-single3"].endswith('; or opt.incomplete = "leave_out"')
+    assert refused["sub-single3"].endswith('or opt.incomplete = "leave_out", which leaves out all visits with one scan')
     assert main.main([*asked, "--image_size", "16x16x16", "--incomplete", "leave_out"]) == 0
 
 
