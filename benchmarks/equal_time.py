@@ -91,7 +91,7 @@ def scores(checkpoint: Path, pairs: list[Pair], settings) -> list[dict]:
     return rows
 
 
-def test_pairs(settings) -> list[Pair]:
+def tested_pairs(settings) -> list[Pair]:
     study = read_study(settings)
     return [study.pairs[i] for i in study.roles["test"]]
 
@@ -117,7 +117,7 @@ def compare(own: argparse.Namespace, base: list[str], arms: dict[str, str], new:
         kept = folder / "scores.csv"
         if not kept.exists():
             settings = parse_arguments(opt, PRESETS, words, "")
-            found = scores(folder / "best_refine.pth", new or test_pairs(settings), settings)
+            found = scores(folder / "best_refine.pth", new or tested_pairs(settings), settings)
             write_table(kept, COLUMNS, [{**run, **row} for row in found])
         with open(kept, newline="") as file:
             rows += [{**row, **run, "psnr": float(row["psnr"]), "ssim": float(row["ssim"])}
