@@ -24,6 +24,7 @@ from utils.files import write_table
 from utils.stop import interruptible
 
 KINDS_SHOWN = 5
+OTHER_BACKGROUND = 0.5  # of the range -1 .. 1: so far from that of most scans, it is another contrast
 COLUMNS = ("subject", "where", "what", "remedy", "fatal")
 
 
@@ -114,12 +115,20 @@ def _examine(pair: Pair, readings: dict[str, Reading],
         grids.append((affine, volume.shape))
         files[modality] = SimpleNamespace(
             pair=pair, path=path, size=scan.voxels.shape, spacing=spacing_of(scan.affine), low=low, high=high,
-            grid=grids[-1], orientation=scan.orientation, time_points=scan.time_points, scan=scan,
+            grid=grids[-1], background=_background(volume), orientation=scan.orientation, scan=scan,
+            time_points=scan.time_points,
             contents=(content(scan.voxels), content(volume)))
         problems += doubts(pair, modality, scan.doubts)
     if len(grids) == 2 and alignment and alignment.how == "grid" and (warning := misalignment(pair, *grids)):
         problems.append(warning)
     return files, problems
+
+
+def _background(volume: np.ndarray) -> float:
+    """Median over the six faces of a volume (X, Y, Z); NaN where the scan sees none of them."""
+    faces = np.concatenate([volume.take(place, axis).ravel() for axis in range(3) for place in (0, -1)])
+    seen = faces[~np.isnan(faces)]
+    return float(np.median(seen)) if seen.size else np.nan
 
 
 def _outside_rois(opt, files: Iterable[SimpleNamespace]) -> list[Problem]:
@@ -159,6 +168,12 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
         if reading.size and usual != reading.size:
             problems.append(Problem(f"opt.image_size ({reading.modality})", f"is {_x(reading.size)}, but most volumes "
                                     f"have {_x(usual)}", "set it as suggested, or choose another opt.resize", "all"))
+    most = np.median([file.background for file in files if not np.isnan(file.background)] or [np.nan])
+    problems += [Problem(str(file.path), f"its outermost voxels have the intensity {file.background:.2f} (of -1 .. 1), "
+                         f"those of most scans {most:.2f}", "look at it: if air is grey in it, it is another kind of "
+                         "image, and may make air grey in synthesised volumes; exclude the subject (opt.exclude)",
+                         file.pair.name, fatal=False)
+                 for file in files if abs(file.background - most) > OTHER_BACKGROUND]
     return tuple(max(n, SMALLEST_AXIS) for n in usual), problems
 
 

@@ -140,7 +140,8 @@ def write_pairs(folder: Path, subjects: int = 6, name: str = "{}_space-MNI_{}.ni
     rows = [{"subject": f"sub-{number:02d}"} for number in range(1, subjects + incomplete + 1)]
     for number, row in enumerate(rows, start=1):
         for modality, size in [*SIZES.items()] if number <= subjects else [[*SIZES.items()][number % 2]]:
-            volume = brain(size, 0.6 + 0.03 * number, 0.4 if modality == "fmri" else -0.3, 100 * number + len(size))
+            radius, contrast = 0.6 + 0.03 * min(number, 12), 0.4 if modality == "fmri" else -0.3
+            volume = brain(size, radius, contrast, 100 * number + len(size))
             affine = np.diag([SPACING[modality]] * 3 + [1.0])
             affine[:3, 3] = -np.array(size) / 2 * SPACING[modality]
             row[modality] = name.format(row["subject"], modality)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import main
-from data.check import check_study
+from data.check import _background, check_study
 from data.volumes import read_volume
 from opt import Options
 from tests.conftest import LGG, TRACTOR, needs_shared, read_csv, run_program, save, write_pairs
@@ -73,6 +73,19 @@ def test_all_problems_of_a_broken_study_are_reported_in_one_run(tmp_path, capsys
     assert f"not ready: {len(refused)} errors, {len(found) - len(refused)} warnings, listed in {tmp_path}" in printed
     assert printed.endswith("Next: correct the errors, and check again\n")
     assert printed.count("\nerror: ") == len(refused) and printed.rindex("\nerror: ") < printed.index("\nwarning: ")
+
+
+def test_a_scan_with_grey_air_is_named(tmp_path):
+    """As in a phase-sensitive T1 among ordinary ones."""
+    table = write_pairs(tmp_path / "study")
+    odd = table.parent / "sub-03_space-MNI_fmri.nii.gz"
+    scan = read_volume(odd, "first")
+    scan.voxels[4:8, 4:9, 3:8] = -900
+    save(odd, scan.voxels, scan.affine)
+    for how in (["grid"], ["world", "--box_size", "150", "150", "150"]):
+        assert main.main(words(table, tmp_path, *SIZES, "--align", *how)) == 0
+        assert [row["where"] for row in rows(tmp_path) if "outermost voxels" in row["what"]] == [str(odd)]
+    assert np.isnan(_background(np.full((4, 4, 4), np.nan)))  # a box of which the scan sees no face
 
 
 def test_a_study_that_is_ready_unless_an_option_is_wrong_and_a_stop(study_csv, tmp_path, capsys, monkeypatch):
