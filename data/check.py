@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from nibabel.affines import apply_affine
 from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
@@ -138,7 +139,9 @@ def _outside_rois(opt, files: Iterable[SimpleNamespace]) -> list[Problem]:
         affine, size = file.grid
         key = size, affine.round(4).tobytes()  # many scans have the same grid
         if key not in in_rois:
-            in_rois[key] = pattern_mask(size, affine, centres, opt.pattern_radius).any()
+            nearest = apply_affine(np.linalg.inv(affine), centres).round()
+            in_rois[key] = (bool(((nearest >= 0) & (nearest < size)).all(axis=1).any())  # the rule, and fast
+                            or pattern_mask(size, affine, centres, opt.pattern_radius).any())
         if not in_rois[key]:
             problems.append(outside_rois(file.pair, file.path))
     return problems
@@ -168,7 +171,10 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
         if reading.size and usual != reading.size:
             problems.append(Problem(f"opt.image_size ({reading.modality})", f"is {_x(reading.size)}, but most volumes "
                                     f"have {_x(usual)}", "set it as suggested, or choose another opt.resize", "all"))
-    most = np.median([file.background for file in files if not np.isnan(file.background)] or [np.nan])
+    known = [file.background for file in complete if not np.isnan(file.background)]
+    most = np.median(known) if known else np.nan
+    if 2 * sum(abs(background - most) <= OTHER_BACKGROUND for background in known) <= len(known):
+        most = np.nan  # there is no majority: nothing is said
     problems += [Problem(str(file.path), f"its outermost voxels have the intensity {file.background:.2f} (of -1 .. 1), "
                          f"those of most scans {most:.2f}", "look at it: if air is grey in it, it is another kind of "
                          "image, and may make air grey in synthesised volumes; exclude the subject (opt.exclude)",

@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +102,15 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     problems = [problem for problem in problems
                 if not {problem.subject, _canonical(problem.subject, "sub")} & excluded] + _conflicts(pairs)
     left_out = [visit for visit in visits if len(visit.files) < needed]
-    rows = Counter(visit.name for visit in left_out)
+    found = {}
     for visit in left_out:
+        found.setdefault((visit.person, _canonical(visit.session, "ses")), set()).update(visit.files)
+    for visit in left_out:
+        in_two_rows = len(found[visit.person, _canonical(visit.session, "ses")]) == len(modalities)
         missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
         other = '; opt.incomplete = "use" trains on the other scan' if visit.files else ""
         problems.append(Problem(visit.name, f"left out because it has no {missing}", "put both scans into one row"
-                                if rows[visit.name] > 1 else "if there is such a file, give it the same subject and "
+                                if in_two_rows else "if there is such a file, give it the same subject and "
                                 f"session{other}", visit.name, fatal=False))
         problems += [Problem(str(file), "no such file", "correct its path; sample.py will need it", visit.name,
                              fatal=False) for file in visit.files.values() if not os.path.exists(file)]

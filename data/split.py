@@ -42,8 +42,9 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
         usable = [each for each in sorted(sizes) if len(group_of) - sizes[each] >= 2]
         raise DataError(Problem(f"opt.folds = {folds}, opt.fold = {fold}", f"of {len(group_of)} subjects with both "
                                 f"scans, {len(test)} would be tested and {len(rest)} left for training and validation",
-                                (f"set opt.fold to one of {usable}" if usable else "add subjects with both scans: at "
-                                 "least one is tested, one validated and one trained on")
+                                (f"set opt.fold to one of {usable}" if usable else "use more folds" if filled and
+                                 len(group_of) > 2 else "add subjects with both scans: at least one is tested, one "
+                                 "validated and one trained on")
                                 + "; or set opt.folds to 1, which trains and tests on all subjects"))
     validation = rest[:max(1, min(round(validation_fraction * len(rest)), len(rest) - 1))]
     held_out = dict.fromkeys(test, "test") | dict.fromkeys(validation, "validation")

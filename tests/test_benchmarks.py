@@ -294,7 +294,10 @@ def test_few_pairs_takes_scans_away_and_compares_by_subject(grouped, tmp_path, m
     rows = read_csv(tmp_path / "1 pairs, fold 2/pairs.csv")
     assert sorted(name for row in rows for name in SIZES if not row[name]) == ["dmri", "fmri"]
     printed = capsys.readouterr().out
-    assert printed.count("| 4 | 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.50, +0.50, +0.50, +0.50 |") == 2 * 2 * 2
+    assert printed.count("| 4 | 21.50 | 0.500 | +0.50 (+0.40 .. +0.60) | +0.50, +0.50, +0.50, +0.50 | "
+                         "+0.000") == 2 * 2 * 2
+    assert {(row["pairs"], row["fold"]) for row in read_csv(tmp_path / "scores.csv")} == {
+        (pairs, fold) for pairs in "13" for fold in "12"}
     assert printed.count("| 4 | 22.00 | 0.500 |  |  |  |") == 4 and (tmp_path / "curves.png").exists()
     for wrong, message in ((("4", "1"), "--pairs 4: the study has 3 training subjects"), (("1", "7"), "opt.fold = 7")):
         monkeypatch.setattr("sys.argv", ["x", "--minutes", "1", "--pairs", wrong[0], "--test_folds", wrong[1],

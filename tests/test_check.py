@@ -4,12 +4,15 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import main
-from data.check import _background, check_study
+from data.alignment import Alignment
+from data.cache import Reading
+from data.check import _background, _describe, check_study
 from data.volumes import read_volume
 from opt import Options
 from tests.conftest import LGG, TRACTOR, needs_shared, read_csv, run_program, save, write_pairs
@@ -86,6 +89,16 @@ def test_a_scan_with_grey_air_is_named(tmp_path):
         assert main.main(words(table, tmp_path, *SIZES, "--align", *how)) == 0
         assert [row["where"] for row in rows(tmp_path) if "outermost voxels" in row["what"]] == [str(odd)]
     assert np.isnan(_background(np.full((4, 4, 4), np.nan)))  # a box of which the scan sees no face
+    alignment, reading = Alignment("grid"), Reading("a", None, "mean", "resample", "minmax")
+
+    def named(complete: list[float], single: list[float]) -> int:
+        files = [SimpleNamespace(pair=SimpleNamespace(is_complete=number < len(complete), name=""), path="", low=0,
+                                 high=1, size=(9, 9, 9), spacing=np.ones(3), orientation="RAS", time_points=1,
+                                 background=value) for number, value in enumerate(complete + single)]
+        return len(_describe(files, reading, alignment)[1])
+
+    assert named([-1] * 4, [0.0] * 9) == 9  # incomplete visits do not decide what is usual
+    assert named([-1, -1, 0.2, 0.2], []) == named([np.nan] * 3, [-1]) == 0 and named([-1, -1, 0.2], []) == 1
 
 
 def test_a_study_that_is_ready_unless_an_option_is_wrong_and_a_stop(study_csv, tmp_path, capsys, monkeypatch):

@@ -153,11 +153,13 @@ def test_s11_names_are_as_long_as_files_may_be(tmp_path, name, fits):
 
 
 def test_two_halves_of_a_visit_are_not_just_left_out(tmp_path):
-    table = write(tmp_path, "subject,fmri,dmri\nsub-1,a,b\nsub-2,c,\nsub-2,,d\nsub-3,e,\n")
+    table = write(tmp_path, "subject,fmri,dmri\nsub-1,a,b\nsub-2,c,\nsub-2,,d\nsub-3,e,\nsub-4,f,\n4,g,\n")
     said = {problem.subject: problem.remedy for problem in find_pairs(table, BOTH)[1] if "left out" in problem.what}
-    assert said["sub-2"] == "put both scans into one row" and "same subject and session" in said["sub-3"]
-    problem, = (problem for problem in find_pairs(table, BOTH, needed=1)[1] if problem.fatal)
+    assert said["sub-2"] == "put both scans into one row" and "same subject and session" in said["sub-3"] and \
+        said["sub-3"] == said["sub-4"]
+    problem, other = (problem for problem in find_pairs(table, BOTH, needed=1)[1] if problem.fatal)
     assert problem.what == "are the same visit of the same subject" and "both scans into one row" in problem.remedy
+    assert other.subject == "sub-4" and "keep only one of them" in other.remedy
 
 
 # ---- S3, S4, H8, B5, B7: trees and names

@@ -77,6 +77,7 @@ def test_a_fold_column_may_count_from_one_and_beyond_opt_folds():
 @pytest.mark.parametrize("pairs, folds, fold, message", [
     ([*study(9, 3), Pair("sub-77", "", "", None, {})], 3, 1, "fill it for all pairs or for none"),
     ([*study(9, 3), Pair("sub-00", "2", "", 2, {})], 3, 1, "in different folds"),
+    (study(9, 1), 5, 0, "0 left for training and validation; use more folds; or set opt.folds to 1"),
     (study(9, 3), 5, 4, r"set opt.fold to one of \[0, 1, 2\]"),
     (study(2), 5, 0, "of 2 subjects with both scans, 1 would be tested and 1 left .* add subjects with both scans: .*; "
      "or set opt.folds to 1")])
