@@ -140,7 +140,7 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
             folder, name = os.path.split(file)  # a study has few folders: most paths are resolved once
             path = os.path.realpath(file) if os.path.islink(file) else f"{real(folder)}/{name}"
             owner, its_modality = by_file.setdefault(path, (visit, modality))
-            if owner.person != visit.person or its_modality != modality:
+            if its_modality != modality or (owner is not visit and owner.person != visit.person):
                 problems.append(Problem(str(file), f"is both the {its_modality} of {owner.name} and the {modality} of "
                                         f"{visit.name}", "correct one of the two paths", visit.name))
     return problems
