@@ -202,7 +202,7 @@ def _from_table(table: Path, modalities: tuple[str, str], scans: int) -> tuple[l
         raise DataError(Problem(str(table), f"needs one column {', '.join(wrong)}; it has {', '.join(columns)}",
                                 'name its columns "subject" and as in opt.modalities, separated by commas, tabs or '
                                 "semicolons"))
-    visits, problems = [], []
+    visits, problems, folder = [], [], table.parent
     for line, cells in rows:
         where, fold = f"{table} line {line}", cells.get("fold", "")
         subject, _, session = cells.get("subject", "").partition("_ses-")
@@ -219,7 +219,7 @@ def _from_table(table: Path, modalities: tuple[str, str], scans: int) -> tuple[l
         for modality in modalities:
             try:
                 if cells.get(modality):
-                    files[modality] = table.parent / expanded(cells[modality], table.parent)
+                    files[modality] = folder / expanded(cells[modality], folder)
             except ValueError as error:
                 problems.append(Problem(f"{where}, column {modality}", f"{cells[modality]!r}: {error}", "correct it",
                                         visits[-1].name))
