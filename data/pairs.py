@@ -37,7 +37,7 @@ class Pair:
     fold: int | None
     files: dict[str, Path]
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """sub-01 or sub-01_ses-2: the label in figures, tables and file names."""
         return self.subject + (f"_ses-{self.session}" if self.session else "")
@@ -46,7 +46,7 @@ class Pair:
         """The path of a setting, in which {subject} and {session} are this pair's."""
         return Path(path.replace("{subject}", self.subject).replace("{session}", self.session))
 
-    @property
+    @functools.cached_property
     def person(self) -> str:
         """The subject, equal for all spellings: sub-01, 01 and 1 are one person, and so are A7 and a7."""
         return _canonical(self.subject, "sub")
