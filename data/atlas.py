@@ -33,10 +33,14 @@ def pattern_mask(size: tuple[int, int, int], affine: np.ndarray, centres: np.nda
     """Spheres of `radius` mm around `centres` (N, 3, mm) on a grid: bool (X, Y, Z)."""
     voxels = apply_affine(affine, np.moveaxis(np.indices(size), 0, -1))  # (X, Y, Z, 3), mm
     mask = cKDTree(centres).query(voxels)[0] <= radius
-    nearest = np.rint(apply_affine(np.linalg.inv(affine), centres)).astype(int)
-    inside = ((nearest >= 0) & (nearest < size)).all(axis=1)
-    mask[tuple(nearest[inside].T)] = True  # so that no ROI vanishes on a coarse grid
+    mask[tuple(voxels_at(size, affine, centres).T)] = True  # so that no ROI vanishes on a coarse grid
     return mask
+
+
+def voxels_at(size: tuple[int, int, int], affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Indices (M, 3) of the voxels of a grid that are nearest to those of the points (N, 3), mm, that lie in it."""
+    nearest = np.rint(apply_affine(np.linalg.inv(affine), points)).astype(int)
+    return nearest[((nearest >= 0) & (nearest < size)).all(axis=1)]
 
 
 class LabelImage:
@@ -66,9 +70,9 @@ def uses_rois(opt, pair: Pair) -> bool:
 
 def outside_rois(pair: Pair, path: Path) -> Problem:
     """The problem of a scan of such a pair whose mask would be empty."""
-    problem = Problem(str(path), "no voxel of it lies in the ROIs", "correct its header, or exclude the subject "
-                      '(opt.exclude); or set opt.space = "native" if no scan is in MNI space', pair.name)
-    return problem if pair.is_complete else or_leave_out(problem)
+    return or_leave_out(Problem(
+        str(path), "no voxel of it lies in the ROIs", "correct its header, or exclude the subject (opt.exclude); or "
+        'set opt.space = "native" if no scan is in MNI space', pair.name), pair.is_complete)
 
 
 def unreadable_labels(opt, pairs: list[Pair]) -> list[Problem]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from nibabel.affines import apply_affine
 from tqdm import tqdm
 
 from data.alignment import Alignment, align, misalignment
-from data.atlas import empty_regions, outside_rois, pattern_mask, roi_centres, unreadable_labels, uses_rois
+from data.atlas import empty_regions, outside_rois, pattern_mask, roi_centres, unreadable_labels, uses_rois, voxels_at
 from data.cache import Reading, content, doubts, identical_scans, to_grid
 from data.grids import spacing_of
 from data.overlay import PAIRS_SHOWN, overlay, save_overlays
@@ -53,7 +52,7 @@ def check_study(opt) -> bool:
         problems += error.problems
     for pair in interruptible(tqdm(pairs, desc="reading", unit="pair", disable=None)):
         examined, found = _examine(pair, readings, alignment)
-        problems += found if pair.is_complete else map(or_leave_out, found)
+        problems += [or_leave_out(problem, pair.is_complete) for problem in found]
         for modality, file in examined.items():
             files[modality].append(file)
         scans = {modality: vars(file).pop("scan") for modality, file in examined.items()}
@@ -139,8 +138,7 @@ def _outside_rois(opt, files: Iterable[SimpleNamespace]) -> list[Problem]:
         affine, size = file.grid
         key = size, affine.round(4).tobytes()  # many scans have the same grid
         if key not in in_rois:
-            nearest = apply_affine(np.linalg.inv(affine), centres).round()
-            in_rois[key] = (bool(((nearest >= 0) & (nearest < size)).all(axis=1).any())  # the rule, and fast
+            in_rois[key] = (len(voxels_at(size, affine, centres)) > 0  # the rule, and fast
                             or pattern_mask(size, affine, centres, opt.pattern_radius).any())
         if not in_rois[key]:
             problems.append(outside_rois(file.pair, file.path))
@@ -164,10 +162,10 @@ def _describe(files: list[SimpleNamespace], reading: Reading,
     if alignment.how == "world":  # voxels of the box as large as the files' are
         usual = np.rint(alignment.box / np.median([file.spacing for file in complete], axis=0)).astype(int).tolist()
     elif reading.resize == "none":
-        odd = [(file, Problem(str(file.path), f"has size {_x(file.size)}, most have {_x(usual)}", 'set opt.resize = '
-                              '"resample" or "pad_crop", or exclude the subject (opt.exclude)', file.pair.name))
-               for file in files if file.size != usual]
-        problems = [problem if file.pair.is_complete else or_leave_out(problem) for file, problem in odd]
+        problems = [or_leave_out(Problem(
+            str(file.path), f"has size {_x(file.size)}, most have {_x(usual)}", 'set opt.resize = "resample" or '
+            '"pad_crop", or exclude the subject (opt.exclude)', file.pair.name), file.pair.is_complete)
+            for file in files if file.size != usual]
         if reading.size and usual != reading.size:
             problems.append(Problem(f"opt.image_size ({reading.modality})", f"is {_x(reading.size)}, but most volumes "
                                     f"have {_x(usual)}", "set it as suggested, or choose another opt.resize", "all"))

@@ -51,6 +51,11 @@ class Pair:
         """The subject, equal for all spellings: sub-01, 01 and 1 are one person, and so are A7 and a7."""
         return _canonical(self.subject, "sub")
 
+    @functools.cached_property
+    def key(self) -> tuple[str, str]:
+        """Person and session, equal for all spellings of one visit."""
+        return self.person, _canonical(self.session, "ses")
+
     @property
     def is_complete(self) -> bool:
         return len(self.files) == 2
@@ -104,9 +109,9 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
     left_out = [visit for visit in visits if len(visit.files) < needed]
     found = {}
     for visit in left_out:
-        found.setdefault((visit.person, _canonical(visit.session, "ses")), set()).update(visit.files)
+        found.setdefault(visit.key, set()).update(visit.files)
     for visit in left_out:
-        in_two_rows = len(found[visit.person, _canonical(visit.session, "ses")]) == len(modalities)
+        in_two_rows = len(found[visit.key]) == len(modalities)
         missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
         other = '; opt.incomplete = "use" trains on the other scan' if visit.files else ""
         problems.append(Problem(visit.name, f"left out because it has no {missing}", "put both scans into one row"
@@ -128,8 +133,7 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
             problems.append(Problem(repr(visit.name), "subject and session become file names: only letters that the "
                                     f"locale has, digits and . _ + - are allowed, {MAX_NAME} bytes at most (a letter "
                                     "takes 1 to 4)", "rename the subject, or set PYTHONUTF8=1", visit.name))
-        keys = (visit.person, _canonical(visit.session, "ses")), visit.name
-        others = [listed.setdefault(key, visit) for key in keys]
+        others = [listed.setdefault(key, visit) for key in (visit.key, visit.name)]
         if other := next((other for other in others if other is not visit), None):
             halves = visit.files.keys().isdisjoint(other.files)
             problems.append(Problem(f"{visit.name} and {other.name}", "are the same visit of the same subject",
@@ -140,7 +144,7 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
             folder, name = os.path.split(file)  # a study has few folders: most paths are resolved once
             path = os.path.realpath(file) if os.path.islink(file) else f"{real(folder)}/{name}"
             owner, its_modality = by_file.setdefault(path, (visit, modality))
-            if its_modality != modality or (owner is not visit and owner.person != visit.person):
+            if owner.person != visit.person or its_modality != modality:
                 problems.append(Problem(str(file), f"is both the {its_modality} of {owner.name} and the {modality} of "
                                         f"{visit.name}", "correct one of the two paths", visit.name))
     return problems

@@ -22,10 +22,10 @@ class Problem:
         return f"{self.where}: {self.what}; {self.remedy}"
 
 
-def or_leave_out(problem: Problem) -> Problem:
-    """The problem of an incomplete visit, which can be done without."""
+def or_leave_out(problem: Problem, is_complete: bool) -> Problem:
+    """The problem of a visit, which can be done without if it is incomplete."""
     remedy = f'{problem.remedy}; or opt.incomplete = "leave_out", which leaves out all visits with one scan'
-    return replace(problem, remedy=remedy) if problem.fatal else problem
+    return problem if is_complete or not problem.fatal else replace(problem, remedy=remedy)
 
 
 class DataError(UserError):

@@ -193,7 +193,7 @@ def _decode(pair: Pair, readings: dict[str, Reading], alignment: Alignment, cach
     except DataError as error:
         if pair.is_complete:
             raise
-        raise DataError(*map(or_leave_out, error.problems)) from error
+        raise DataError(*(or_leave_out(problem, pair.is_complete) for problem in error.problems)) from error
 
 
 def find_study(opt) -> tuple[list[Pair], list[Problem], dict[str, Reading]]:
