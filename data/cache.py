@@ -139,10 +139,11 @@ def identical_scans(scans: Iterable[tuple[Pair, str, str, str]]) -> list[Problem
     earlier, problems = {}, []
     for pair, modality, *contents in scans:
         owner = pair.person, modality
-        others = [earlier.setdefault(hashed, (owner, pair.name, pair.files[modality])) for hashed in contents]
-        if other := next((other for other in others if other[0] != owner), None):
-            _, name, file = other
-            problems.append(Problem(str(pair.files[modality]), f"holds the same scan as {file} of {name}, but is the "
+        file = pair.paths[modality]
+        others = [earlier.setdefault(hashed, (*owner, pair.name, file)) for hashed in contents]
+        if other := next((other for other in others if other[:2] != owner), None):
+            *_, name, its_file = other
+            problems.append(Problem(file, f"holds the same scan as {its_file} of {name}, but is the "
                                     f"{modality} of {pair.name}", "keep only one: no subject may be in both the "
                                     "training and the test set", pair.name))
     return problems
@@ -150,4 +151,4 @@ def identical_scans(scans: Iterable[tuple[Pair, str, str, str]]) -> list[Problem
 
 def doubts(pair: Pair, modality: str, found: Iterable[tuple[str, str]]) -> list[Problem]:
     """Warnings for the doubts of a Scan."""
-    return [Problem(str(pair.files[modality]), what, remedy, pair.name, fatal=False) for what, remedy in found]
+    return [Problem(pair.paths[modality], what, remedy, pair.name, fatal=False) for what, remedy in found]

@@ -24,7 +24,7 @@ Sessions = dict[str, tuple[str, dict[str, Path]]]  # canonical label -> label as
 
 @dataclass(frozen=True)
 class Pair:
-    """The scans of one visit of one subject, of both modalities or, if it is incomplete, of one. files: modality ->
+    """The scans of one visit of one subject, of both modalities or, if it is incomplete, of one. paths: modality ->
     NIfTI file.
 
     subject and session are what {subject} and {session} stand for in opt.pattern_file and opt.region_file: sub-01 and
@@ -35,9 +35,13 @@ class Pair:
     session: str
     group: str
     fold: int | None
-    files: dict[str, Path]
+    paths: dict[str, str]  # of type str, because a hundred thousand of type Path take seconds
 
-    @functools.cached_property
+    @property
+    def files(self) -> dict[str, Path]:
+        return {modality: Path(path) for modality, path in self.paths.items()}
+
+    @property
     def name(self) -> str:
         """sub-01 or sub-01_ses-2: the label in figures, tables and file names."""
         return self.subject + (f"_ses-{self.session}" if self.session else "")
@@ -46,19 +50,19 @@ class Pair:
         """The path of a setting, in which {subject} and {session} are this pair's."""
         return Path(path.replace("{subject}", self.subject).replace("{session}", self.session))
 
-    @functools.cached_property
+    @property
     def person(self) -> str:
         """The subject, equal for all spellings: sub-01, 01 and 1 are one person, and so are A7 and a7."""
         return _canonical(self.subject, "sub")
 
-    @functools.cached_property
+    @property
     def key(self) -> tuple[str, str]:
         """Person and session, equal for all spellings of one visit."""
         return self.person, _canonical(self.session, "ses")
 
     @property
     def is_complete(self) -> bool:
-        return len(self.files) == 2
+        return len(self.paths) == 2
 
     @property
     def in_mni(self) -> bool:
@@ -96,29 +100,29 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
             visits, problems = _from_table(data_root, modalities, needed)
     except DataError as error:
         return [], list(error.problems)
-    known = {visit.name for visit in visits} | {visit.person for visit in visits} | {
+    known = {label for visit in visits for label in (visit.name, visit.person)} | {
         _canonical(problem.subject, "sub") for problem in problems}  # whose files cannot be read
     problems += [Problem(f"opt.exclude names {label}", "there is no such subject", "correct or remove it")
                  for label in exclude if not {label, _canonical(label, "sub")} & known]
     excluded = {*exclude, *(_canonical(label, "sub") for label in exclude)}
     visits = sorted((visit for visit in visits if not {visit.name, visit.person} & excluded),
                     key=lambda visit: visit.name)
-    pairs = [visit for visit in visits if len(visit.files) >= needed]
+    pairs = [visit for visit in visits if len(visit.paths) >= needed]
     problems = [problem for problem in problems
                 if not {problem.subject, _canonical(problem.subject, "sub")} & excluded] + _conflicts(pairs)
-    left_out = [visit for visit in visits if len(visit.files) < needed]
+    left_out = [visit for visit in visits if len(visit.paths) < needed]
     found = {}
     for visit in left_out:
-        found.setdefault(visit.key, set()).update(visit.files)
+        found.setdefault(visit.key, set()).update(visit.paths)
     for visit in left_out:
         in_two_rows = len(found[visit.key]) == len(modalities)
-        missing = " and no ".join(modality for modality in modalities if modality not in visit.files)
-        other = '; opt.incomplete = "use" trains on the other scan' if visit.files else ""
+        missing = " and no ".join(modality for modality in modalities if modality not in visit.paths)
+        other = '; opt.incomplete = "use" trains on the other scan' if visit.paths else ""
         problems.append(Problem(visit.name, f"left out because it has no {missing}", "put both scans into one row"
                                 if in_two_rows else "if there is such a file, give it the same subject and "
                                 f"session{other}", visit.name, fatal=False))
-        problems += [Problem(str(file), "no such file", "correct its path; sample.py will need it", visit.name,
-                             fatal=False) for file in visit.files.values() if not os.path.exists(file)]
+        problems += [Problem(path, "no such file", "correct its path; sample.py will need it", visit.name, fatal=False)
+                     for path in visit.paths.values() if not os.path.exists(path)]
     if needed and not any(pair.is_complete for pair in pairs) and not any(problem.fatal for problem in problems):
         problems.append(Problem(str(data_root), f"no subject has both {' and '.join(modalities)}", "give a BIDS tree "
                                 "or a table; check opt.modalities (its columns), opt.bids_suffix and opt.exclude"))
@@ -127,27 +131,35 @@ def find_pairs(data_root: Path, modalities: tuple[str, str], exclude: tuple[str,
 
 def _conflicts(visits: list[Pair]) -> list[Problem]:
     """Names that cannot become file names, visits listed twice, and files used twice."""
-    listed, by_file, problems, real = {}, {}, [], functools.lru_cache(2**20)(os.path.realpath)
+    listed, by_file, problems = {}, {}, []
     for visit in visits:
         if not re.fullmatch(r"[\w.+-]+", visit.name) or not _is_file_name(visit.name):
             problems.append(Problem(repr(visit.name), "subject and session become file names: only letters that the "
                                     f"locale has, digits and . _ + - are allowed, {MAX_NAME} bytes at most (a letter "
                                     "takes 1 to 4)", "rename the subject, or set PYTHONUTF8=1", visit.name))
-        others = [listed.setdefault(key, visit) for key in (visit.key, visit.name)]
+        person, name = visit.person, visit.name
+        others = [listed.setdefault(key, visit) for key in (visit.key, name)]
         if other := next((other for other in others if other is not visit), None):
-            halves = visit.files.keys().isdisjoint(other.files)
+            halves = visit.paths.keys().isdisjoint(other.paths)
             problems.append(Problem(f"{visit.name} and {other.name}", "are the same visit of the same subject",
                                     f"{'put both scans into one row' if halves else 'keep only one of them'}, or fill "
                                     "the session column; if they are two people, rename one: case and zeros in front "
                                     "do not count", visit.name))
-        for modality, file in visit.files.items():
-            folder, name = os.path.split(file)  # a study has few folders: most paths are resolved once
-            path = os.path.realpath(file) if os.path.islink(file) else f"{real(folder)}/{name}"
-            owner, its_modality = by_file.setdefault(path, (visit, modality))
-            if owner.person != visit.person or its_modality != modality:
-                problems.append(Problem(str(file), f"is both the {its_modality} of {owner.name} and the {modality} of "
-                                        f"{visit.name}", "correct one of the two paths", visit.name))
+        for modality, path in visit.paths.items():
+            *owner, its_name, its_path = by_file.setdefault(_identity(path), (person, modality, name, path))
+            if owner != [person, modality] and os.path.realpath(path) == os.path.realpath(its_path):
+                problems.append(Problem(path, f"is both the {owner[1]} of {its_name} and the {modality} of {name}",
+                                        "correct one of the two paths", name))
     return problems
+
+
+def _identity(path: str) -> str | tuple[int, int]:
+    """Equal for all paths that lead to one file; a realpath of each would take seconds."""
+    try:
+        status = os.stat(path)
+    except OSError:  # it is reported where it is read
+        return os.path.normpath(path)
+    return status.st_dev, status.st_ino
 
 
 def _is_file_name(name: str) -> bool:
@@ -206,7 +218,7 @@ def _from_table(table: Path, modalities: tuple[str, str], scans: int) -> tuple[l
         raise DataError(Problem(str(table), f"needs one column {', '.join(wrong)}; it has {', '.join(columns)}",
                                 'name its columns "subject" and as in opt.modalities, separated by commas, tabs or '
                                 "semicolons"))
-    visits, problems, folder = [], [], table.parent
+    visits, problems, folder = [], [], os.path.dirname(table)
     for line, cells in rows:
         where, fold = f"{table} line {line}", cells.get("fold", "")
         subject, _, session = cells.get("subject", "").partition("_ses-")
@@ -214,16 +226,16 @@ def _from_table(table: Path, modalities: tuple[str, str], scans: int) -> tuple[l
             problems.append(Problem(where, "left out because it names no subject", "fill it in (NA and the like mean "
                                     "missing)", fatal=False))
             continue
-        files = {}
+        paths = {}
         visits.append(Pair(f"sub-{subject.removeprefix('sub-')}",
                            (cells.get("session") or session).removeprefix("ses-"), cells.get("group", ""),
-                           int(fold) if fold.isdecimal() and fold.isascii() else None, files))
+                           int(fold) if fold.isdecimal() and fold.isascii() else None, paths))
         if fold and visits[-1].fold is None:
             problems.append(Problem(where, f"fold {fold!r} is not 0, 1, 2, ...", "correct it", visits[-1].name))
         for modality in modalities:
             try:
                 if cells.get(modality):
-                    files[modality] = folder / expanded(cells[modality], folder)
+                    paths[modality] = os.path.join(folder, expanded(cells[modality], folder))
             except ValueError as error:
                 problems.append(Problem(f"{where}, column {modality}", f"{cells[modality]!r}: {error}", "correct it",
                                         visits[-1].name))
@@ -252,7 +264,7 @@ def _from_bids(tree: Path, modalities: tuple[str, str], suffixes: dict[str, str]
     for subject, sessions in subjects.items():
         problems += _share_scans(subject, sessions, modalities, share_scans)
     return [Pair(subject, session, groups.get(_canonical(subject, "sub"), ""), None,
-                 {modality: found[modality] for modality in modalities if modality in found})
+                 {modality: str(found[modality]) for modality in modalities if modality in found})
             for subject, sessions in subjects.items() for session, found in sessions.values()], problems
 
 

@@ -48,7 +48,8 @@ def split_subjects(pairs: list[Pair], folds: int, fold: int, validation_fraction
                                 + "; or set opt.folds to 1, which trains and tests on all subjects"))
     validation = rest[:max(1, min(round(validation_fraction * len(rest)), len(rest) - 1))]
     held_out = dict.fromkeys(test, "test") | dict.fromkeys(validation, "validation")
-    return {role: [i for i, pair in enumerate(pairs) if held_out.get(pair.person, "train") == role] for role in ROLES}
+    role_of = [held_out.get(pair.person, "train") for pair in pairs]
+    return {role: [i for i, its_role in enumerate(role_of) if its_role == role] for role in ROLES}
 
 
 def add_incomplete(pairs: list[Pair], roles: dict[str, list[int]], incomplete: list[Pair],
