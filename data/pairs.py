@@ -133,18 +133,18 @@ def _conflicts(visits: list[Pair]) -> list[Problem]:
     """Names that cannot become file names, visits listed twice, and files used twice."""
     listed, by_file, problems = {}, {}, []
     for visit in visits:
-        if not re.fullmatch(r"[\w.+-]+", visit.name) or not _is_file_name(visit.name):
-            problems.append(Problem(repr(visit.name), "subject and session become file names: only letters that the "
-                                    f"locale has, digits and . _ + - are allowed, {MAX_NAME} bytes at most (a letter "
-                                    "takes 1 to 4)", "rename the subject, or set PYTHONUTF8=1", visit.name))
         person, name = visit.person, visit.name
+        if not re.fullmatch(r"[\w.+-]+", name) or not _is_file_name(name):
+            problems.append(Problem(repr(name), "subject and session become file names: only letters that the "
+                                    f"locale has, digits and . _ + - are allowed, {MAX_NAME} bytes at most (a letter "
+                                    "takes 1 to 4)", "rename the subject, or set PYTHONUTF8=1", name))
         others = [listed.setdefault(key, visit) for key in (visit.key, name)]
         if other := next((other for other in others if other is not visit), None):
             halves = visit.paths.keys().isdisjoint(other.paths)
-            problems.append(Problem(f"{visit.name} and {other.name}", "are the same visit of the same subject",
+            problems.append(Problem(f"{name} and {other.name}", "are the same visit of the same subject",
                                     f"{'put both scans into one row' if halves else 'keep only one of them'}, or fill "
                                     "the session column; if they are two people, rename one: case and zeros in front "
-                                    "do not count", visit.name))
+                                    "do not count", name))
         for modality, path in visit.paths.items():
             *owner, its_name, its_path = by_file.setdefault(_identity(path), (person, modality, name, path))
             if owner != [person, modality] and os.path.realpath(path) == os.path.realpath(its_path):

@@ -191,8 +191,6 @@ def _decode(pair: Pair, readings: dict[str, Reading], alignment: Alignment, cach
         return {modality: cached_volume(pair.files[modality], reading, cache_dir)
                 for modality, reading in alignment.readings(readings, pair.files).items()}
     except DataError as error:
-        if pair.is_complete:
-            raise
         raise DataError(*(or_leave_out(problem, pair.is_complete) for problem in error.problems)) from error
 
 

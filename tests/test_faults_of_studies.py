@@ -210,7 +210,8 @@ def test_s4_one_file_for_both_sessions_of_one_person_or_for_two_persons(tmp_path
     (tmp_path / "linked").symlink_to(tmp_path)
     for path in ("2.nii", "linked/t1.nii", "linked/linked/1.nii"):
         other = find_pairs(write(tmp_path, "\n".join([rows[0], rows[1], f"2,1,{path},x"])), T1_BOLD)[1]
-        assert ["both the T1w of sub-1_ses-1 and the T1w of sub-2_ses-1" in str(each) for each in other] == [True], path
+        assert ["is both the T1w of sub-1_ses-1 and the T1w of sub-2_ses-1" in str(problem)
+                for problem in other] == [True], path
     (tmp_path / "hard.nii").hardlink_to(file)  # a copy, as git-annex and rsync make: its contents are compared later
     assert find_pairs(write(tmp_path, "\n".join([rows[0], rows[1], "2,1,hard.nii,x"])), T1_BOLD)[1] == []
     copies = find_pairs(write(tmp_path, "\n".join([rows[0], rows[1], "2,1,copy.nii,x"])), T1_BOLD)[0]
